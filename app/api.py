@@ -1,0 +1,211 @@
+"""The routes: /predict, /predict/batch, /explain, /models, /livez, /readyz, /metrics."""
+
+import asyncio
+import base64
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from app.batcher import MicroBatcher, Result
+from app.errors import KINDS, InvalidParameter, problem_of
+from app.metrics import Metrics
+from app.model.labels import Judgement, judge
+from app.model.manifest import Manifest
+from app.model.overlay import Overlay, Style, render
+from app.model.preprocess import DecodedImage, decode
+from app.schemas import (
+    BatchItem,
+    Explanation,
+    Health,
+    ModelInfo,
+    Models,
+    Prediction,
+    Problem,
+    prediction_fields,
+)
+from app.upload import read_image, read_images
+
+T = TypeVar("T")
+IMAGE = {"type": "string", "format": "binary"}
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": "A problem, as application/problem+json."}
+    for status in sorted({kind.status for kind in KINDS.values()})
+}
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the routes need, built once in `main`."""
+
+    batcher: MicroBatcher
+    manifest: Manifest
+    metrics: Metrics
+    list_models: Callable[[], list[ModelInfo]]
+    workers: CapacityLimiter  # threads that decode and draw
+    operating_point: str
+    max_upload_bytes: int
+    max_pixels: int
+    max_batch_files: int
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One image, seen and judged."""
+
+    image: DecodedImage
+    result: Result
+    judgement: Judgement
+
+
+def body(schema: dict[str, Any]) -> dict[str, Any]:
+    """OpenAPI for a body that the route reads itself, to bound it."""
+    content = {"multipart/form-data": {"schema": schema}}
+    if "file" in schema["properties"]:
+        content |= {f"image/{kind}": {"schema": IMAGE} for kind in ("jpeg", "png", "webp")}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+ONE_IMAGE = body({"type": "object", "properties": {"file": IMAGE}, "required": ["file"]})
+MANY_IMAGES = body(
+    {"type": "object", "properties": {"files": {"type": "array", "items": IMAGE}}, "required": ["files"]}
+)
+
+
+def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure a route
+    """The routes over a service."""
+    router = APIRouter()
+    metrics = service.metrics
+    model_headers = {"X-Model-Version": service.manifest.version}
+
+    async def in_worker(stage: str, work: Callable[[], T]) -> T:
+        started = time.perf_counter()
+        try:
+            return await to_thread.run_sync(work, limiter=service.workers)
+        finally:
+            metrics.stage_seconds.labels(stage=stage).observe(time.perf_counter() - started)
+
+    async def see(data: bytes) -> Answer:
+        """Decode, run and judge one image."""
+        size, manifest = service.manifest.preprocessing.size, service.manifest
+        image = await in_worker("decode", lambda: decode(data, size=size, max_pixels=service.max_pixels))
+        result = await service.batcher.submit(image.pixels, timeout_s=service.timeout_s)
+        metrics.stage_seconds.labels(stage="queue").observe(result.queue_s)
+        metrics.stage_seconds.labels(stage="forward").observe(result.forward_s)
+        metrics.batch_size.observe(result.batch_size)
+        judgement = judge(result.logits, manifest, service.operating_point)
+        metrics.predictions.labels(label=judgement.label, version=manifest.version).inc()
+        return Answer(image, result, judgement)
+
+    async def read_one(request: Request) -> bytes:
+        with metrics.stage_seconds.labels(stage="read").time():
+            return await read_image(request, max_bytes=service.max_upload_bytes)
+
+    def fields(answer: Answer, request: Request) -> dict[str, Any]:
+        return prediction_fields(
+            answer.judgement,
+            answer.image,
+            manifest=service.manifest,
+            request_id=request.scope["request_id"],
+        )
+
+    @router.post("/predict", openapi_extra=ONE_IMAGE, responses=PROBLEMS, tags=["inference"])
+    async def predict(request: Request, response: Response) -> Prediction:
+        """Classify one dermoscopic image: multipart field `file`, or the image as the raw body."""
+        response.headers.update(model_headers)
+        return Prediction(**fields(await see(await read_one(request)), request))
+
+    @router.post("/predict/batch", openapi_extra=MANY_IMAGES, responses=PROBLEMS, tags=["inference"])
+    async def predict_batch(request: Request, response: Response) -> list[BatchItem]:
+        """Classify several images, multipart field `files`; a bad one fails alone and keeps its place."""
+        response.headers.update(model_headers)
+        with metrics.stage_seconds.labels(stage="read").time():
+            files = await read_images(
+                request, field="files", max_bytes=service.max_upload_bytes, max_files=service.max_batch_files
+            )
+
+        async def one(index: int, data: bytes) -> BatchItem:
+            try:
+                return BatchItem(index=index, prediction=Prediction(**fields(await see(data), request)))
+            except tuple(KINDS) as error:
+                problem = problem_of(error, request.scope["request_id"])
+                metrics.rejected.labels(reason=problem.type.rsplit(":", 1)[1]).inc()
+                return BatchItem(index=index, problem=problem)
+
+        return list(await asyncio.gather(*(one(index, data) for index, data in enumerate(files))))
+
+    @router.post(
+        "/explain",
+        openapi_extra=ONE_IMAGE,
+        responses=PROBLEMS | {200: {"model": Explanation, "content": {"image/png": {"schema": IMAGE}}}},
+        tags=["inference"],
+    )
+    async def explain(
+        request: Request,
+        target: Annotated[str, Query(description="`predicted` or a class name.")] = "predicted",
+        style: Annotated[Style, Query()] = "overlay",
+        alpha: Annotated[float, Query(ge=0, le=1, description="Opacity at the peak of the evidence.")] = 0.6,
+        accept: Annotated[str, Header()] = "image/png",
+    ) -> Response:
+        """Show where the evidence lies (Grad-CAM): a PNG, or JSON for `Accept: application/json`."""
+        classes = service.manifest.classes
+        if target not in ("predicted", *classes):
+            raise InvalidParameter(f"query.target: give predicted, {' or '.join(classes)}")
+        answer = await see(await read_one(request))
+        judgement = answer.judgement
+        shown = judgement.label if target == "predicted" else target
+        cam = answer.result.cam[classes.index(shown)]
+        about = f"{shown} {judgement.probabilities[shown]:.3f}, {service.manifest.name} {service.manifest.version}"
+
+        def draw() -> Overlay:
+            return render(cam, answer.image.preview, style=style, alpha=alpha, description=f"Grad-CAM for {about}")
+
+        overlay = await in_worker("render", draw)
+        headers = model_headers | {
+            f"X-Probability-{classes[-1].capitalize()}": f"{judgement.probabilities[classes[-1]]:.6f}",
+            "X-CAM-Peak": f"{overlay.peak:.6g}",
+            "X-CAM-Empty": str(overlay.empty).lower(),
+        }
+        if "application/json" not in accept:
+            return Response(overlay.png, media_type="image/png", headers=headers)
+        explanation = Explanation(
+            **fields(answer, request),
+            target=shown,
+            map=cam.tolist(),
+            peak=overlay.peak,
+            empty=overlay.empty,
+            overlay_png=base64.b64encode(overlay.png).decode(),
+        )
+        return JSONResponse(explanation.model_dump(), headers=headers)
+
+    @router.get("/models", tags=["model"])
+    async def models() -> Models:
+        """The published versions, the served one, and their metrics."""
+        listed = await to_thread.run_sync(service.list_models, limiter=service.workers)
+        return Models(name=service.manifest.name, versions=listed)
+
+    @router.get("/livez", tags=["health"])
+    async def livez() -> Health:
+        """200 while the process answers at all."""
+        return Health(status="ok")
+
+    @router.get("/readyz", responses={503: {"model": Health}}, tags=["health"])
+    async def readyz(response: Response) -> Health:
+        """200 when the model is loaded, warm and taking work; else 503 with the reason."""
+        if service.batcher.accepting:
+            return Health(status="ok")
+        response.status_code = 503
+        return Health(status="unavailable", reason="the server is starting or stopping")
+
+    @router.get("/metrics", tags=["health"])
+    async def scrape() -> Response:
+        """Prometheus text."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return router

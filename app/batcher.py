@@ -1,0 +1,164 @@
+"""One bounded queue, one device thread. A batch leaves as soon as the device is free."""
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Outputs(Protocol):
+    """What a forward pass gives: arrays whose first axis is the batch."""
+
+    @property
+    def logits(self) -> NDArray[np.float32]: ...
+    @property
+    def cam(self) -> NDArray[np.float32]: ...
+
+
+class QueueFull(Exception):
+    """No room; `retry_after_s` says when there should be some."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__("the queue is full: try again shortly")
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(Exception):
+    """The request's time ran out before its result."""
+
+
+class ShuttingDown(Exception):
+    """The server is stopping and takes no more work."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One image's share of a batch."""
+
+    logits: NDArray[np.float32]  # [K]
+    cam: NDArray[np.float32]  # [K,H,W]
+    queue_s: float
+    forward_s: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class _Item:
+    image: NDArray[np.uint8]
+    future: asyncio.Future[Result]
+    arrived: float
+
+
+class MicroBatcher:
+    """Joins concurrent `submit`s into batches for `run`; all its state lives on the event loop, so there is no lock.
+
+    Args:
+        run: uint8[B,...] -> outputs with B rows; called from one thread, never twice at a time.
+        max_batch: images per batch at most.
+        max_wait_ms: how long an idle device waits for a fuller batch; 0 sends at once.
+        max_queue: images waiting at most.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[NDArray[np.uint8]], Outputs],
+        *,
+        max_batch: int,
+        max_wait_ms: float,
+        max_queue: int,
+    ) -> None:
+        self._run = run
+        self._max_batch = max_batch
+        self._max_wait_s = max_wait_ms / 1000
+        self._max_queue = max_queue
+        self._waiting: deque[_Item] = deque()
+        self._arrival = asyncio.Event()
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._loop_task: asyncio.Task[None] | None = None
+        self._seconds_per_image = 0.1  # a guess until the first batch; feeds Retry-After alone
+        self._closing = False
+
+    @property
+    def depth(self) -> int:
+        """Images waiting now."""
+        return len(self._waiting)
+
+    @property
+    def accepting(self) -> bool:
+        return self._loop_task is not None and not self._loop_task.done() and not self._closing
+
+    def start(self) -> None:
+        """Begin to form batches; call from the event loop."""
+        self._loop_task = asyncio.create_task(self._form_batches(), name="batcher")
+
+    async def stop(self) -> None:
+        """Take no more work, finish what was accepted, and end the device thread."""
+        self._closing = True
+        self._arrival.set()
+        if self._loop_task is not None:
+            await self._loop_task
+        self._device.shutdown()
+
+    async def submit(self, image: NDArray[np.uint8], *, timeout_s: float) -> Result:
+        """Queue one uint8[3,S,S] image and wait for its result; every image of a batcher has the same shape.
+
+        Raises:
+            QueueFull, DeadlineExceeded, ShuttingDown, or what `run` raised.
+        """
+        if not self.accepting:
+            raise ShuttingDown("the server is stopping: try another replica")
+        if len(self._waiting) >= self._max_queue:
+            raise QueueFull(max(1, math.ceil(len(self._waiting) * self._seconds_per_image)))
+        item = _Item(image, asyncio.get_running_loop().create_future(), time.monotonic())
+        self._waiting.append(item)
+        self._arrival.set()
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await item.future
+        except TimeoutError:
+            raise DeadlineExceeded(f"no result within {timeout_s:g} s: try again, or allow more time") from None
+
+    async def _form_batches(self) -> None:
+        while not (self._closing and not self._waiting):
+            await self._arrival.wait()
+            if self._max_wait_s and len(self._waiting) < self._max_batch and not self._closing:
+                await asyncio.sleep(self._max_wait_s)
+            batch = self._take()
+            if batch:
+                await self._forward(batch)
+            if not self._waiting and not self._closing:
+                self._arrival.clear()
+
+    def _take(self) -> list[_Item]:
+        """The next batch. A caller that left or ran out of time has cancelled its future, and is dropped here."""
+        batch: list[_Item] = []
+        while self._waiting and len(batch) < self._max_batch:
+            item = self._waiting.popleft()
+            if not item.future.done():
+                batch.append(item)
+        return batch
+
+    async def _forward(self, batch: list[_Item]) -> None:
+        started = time.monotonic()
+        images = np.stack([item.image for item in batch])
+        try:
+            outputs = await asyncio.get_running_loop().run_in_executor(self._device, self._run, images)
+        except Exception as error:
+            for item in batch:
+                if not item.future.done():
+                    item.future.set_exception(error)
+            return
+        seconds = time.monotonic() - started
+        self._seconds_per_image = 0.9 * self._seconds_per_image + 0.1 * seconds / len(batch)
+        for row, item in enumerate(batch):
+            if not item.future.done():  # the caller may have left during the forward pass
+                item.future.set_result(
+                    Result(outputs.logits[row], outputs.cam[row], started - item.arrived, seconds, len(batch))
+                )

@@ -1,0 +1,129 @@
+"""dermlens serve | predict | explain | models"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import uvicorn
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from app.engines.base import EngineUnavailable
+from app.main import OpenModel, create_app, list_models, open_model
+from app.model import store
+from app.model.labels import NOTICE, Judgement, judge
+from app.model.overlay import render
+from app.model.preprocess import DecodedImage, ImageError, decode
+from app.settings import Settings
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Exit codes: 0 done, 1 some file failed, 2 nothing could be done."""
+    options = _parser().parse_args(arguments)
+    try:
+        sys.exit(options.run(options, Settings()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        sys.stderr.write(f"dermlens: DERMLENS_{str(first['loc'][0]).upper()}: {first['msg']}\n")
+    except (store.StoreError, EngineUnavailable, ValueError, OSError) as error:
+        sys.stderr.write(f"dermlens: {error}\n")
+    sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dermlens", description="Skin-lesion inference. " + NOTICE)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="run the HTTP server; settings come from DERMLENS_*")
+    serve.add_argument("--host", help="address to listen on")
+    serve.add_argument("--port", type=int, help="TCP port")
+    serve.set_defaults(run=_serve)
+    predict = commands.add_parser("predict", help="classify image files")
+    predict.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    predict.add_argument("--json", action="store_true", help="one JSON object a line")
+    predict.set_defaults(run=_predict)
+    explain = commands.add_parser("explain", help="write a Grad-CAM overlay of one image")
+    explain.add_argument("file", type=Path, metavar="FILE")
+    explain.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.png")
+    explain.add_argument("--target", default="predicted", help="predicted (default) or a class name")
+    explain.add_argument("--style", choices=["overlay", "heatmap", "side-by-side"], default="overlay")
+    explain.add_argument("--alpha", type=float, default=0.6, help="opacity at the peak, 0..1")
+    explain.set_defaults(run=_explain)
+    models = commands.add_parser("models", help="list the published versions")
+    models.add_argument("--json", action="store_true", help="the manifests as JSON")
+    models.set_defaults(run=_models)
+    return parser
+
+
+def _serve(options: argparse.Namespace, settings: Settings) -> int:
+    given = {key: value for key in ("host", "port") if (value := getattr(options, key)) is not None}
+    settings = settings.model_copy(update=given)
+    app = create_app(settings)
+    uvicorn.run(app, host=settings.host, port=settings.port, log_level=settings.log_level, server_header=False)
+    return 0
+
+
+def _predict(options: argparse.Namespace, settings: Settings) -> int:
+    model, failed = open_model(settings), 0
+    for path in options.files:
+        try:
+            image, _, judgement = _see(path, model, settings)
+        except (ImageError, OSError) as error:
+            failed += 1
+            sys.stderr.write(f"{path}: {error}\n")
+            continue
+        if options.json:
+            row = asdict(judgement) | {"file": str(path), "warnings": image.warnings, "notice": NOTICE}
+            print(json.dumps(row))
+        else:
+            chances = "  ".join(f"{name} {p:.3f}" for name, p in judgement.probabilities.items())
+            print("  ".join([f"{path}: {judgement.label}", chances, *image.warnings]))
+    sys.stderr.write(f"{len(options.files) - failed} of {len(options.files)} files classified. {NOTICE}\n")
+    return 1 if failed else 0
+
+
+def _explain(options: argparse.Namespace, settings: Settings) -> int:
+    model = open_model(settings)
+    classes = model.manifest.classes
+    if options.target not in ("predicted", *classes):
+        raise ValueError(f"--target: give predicted, {' or '.join(classes)}")
+    if not 0 <= options.alpha <= 1:
+        raise ValueError("--alpha: give a number from 0 to 1")
+    image, cam, judgement = _see(options.file, model, settings)
+    shown = judgement.label if options.target == "predicted" else options.target
+    about = f"Grad-CAM for {shown} {judgement.probabilities[shown]:.3f}"
+    overlay = render(
+        cam[classes.index(shown)], image.preview, style=options.style, alpha=options.alpha, description=about
+    )
+    options.output.write_bytes(overlay.png)
+    evidence = "no evidence for it" if overlay.empty else f"peak {overlay.peak:.3g}"
+    print(f"{options.output}: {about}, {evidence}. {NOTICE}")
+    return 0
+
+
+def _see(path: Path, model: OpenModel, settings: Settings) -> tuple[DecodedImage, NDArray[np.float32], Judgement]:
+    """Decode, run and judge one file; the map is float32[K,H,W]."""
+    image = decode(
+        path.read_bytes(), size=model.manifest.preprocessing.size, max_pixels=settings.max_pixels
+    )
+    logits, cam = model.engine.run(image.pixels[None])
+    return image, cam[0], judge(logits[0], model.manifest, settings.operating_point)
+
+
+def _models(options: argparse.Namespace, settings: Settings) -> int:
+    served = store.current(settings.model_store, settings.model_name)
+    for model in list_models(settings.model_store, settings.model_name, served):
+        if options.json:
+            print(model.model_dump_json())
+            continue
+        line = f"{'*' if model.served else ' '} {settings.model_name} {model.version}"
+        metrics = (model.manifest or {}).get("metrics", {})
+        figures = "  ".join(f"{k} {m['value']:.3f} ({m['low']:.3f}–{m['high']:.3f})" for k, m in metrics.items())
+        print(f"{line}  {model.problem or figures}")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

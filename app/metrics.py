@@ -1,0 +1,47 @@
+"""Every Prometheus instrument, in base units; docs/metrics.md describes each."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Metrics:
+    """The instruments of one app, in a registry of their own, so that two apps in one process do not collide."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "dermlens_requests", "Finished HTTP requests.", ["route", "status"], registry=registry
+        )
+        self.request_seconds = Histogram(
+            "dermlens_request_seconds", "Time to answer, seconds.", ["route"], buckets=SECONDS, registry=registry
+        )
+        self.in_flight = Gauge("dermlens_in_flight_requests", "Requests being answered.", registry=registry)
+        self.queue_depth = Gauge("dermlens_queue_depth", "Images waiting for the device.", registry=registry)
+        self.stage_seconds = Histogram(
+            "dermlens_stage_seconds",
+            "Time in each stage of a request, seconds: read, decode, queue, forward, render.",
+            ["stage"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.batch_size = Histogram(
+            "dermlens_batch_size",
+            "Images in the forward pass that an image was part of.",
+            buckets=BATCH_SIZES,
+            registry=registry,
+        )
+        self.predictions = Counter(
+            "dermlens_predictions", "Predictions by label.", ["label", "version"], registry=registry
+        )
+        self.rejected = Counter(
+            "dermlens_rejected", "Requests or files refused, by problem.", ["reason"], registry=registry
+        )
+        self.model_info = Info("dermlens_model", "The served model.", registry=registry)
+
+    def watch_queue(self, depth: Callable[[], int]) -> None:
+        """Read the queue's depth at each scrape."""
+        self.queue_depth.set_function(depth)

@@ -1,0 +1,86 @@
+"""What a published version says of itself: `manifest.json`, schema version 1."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+Gate = Literal["channel_softmax", "branch_softmax"]
+StrideVariant = Literal["v1", "v1.5"]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Triple = tuple[float, float, float]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Architecture(Part):
+    backbone: Literal["resnet50"]
+    stride_variant: StrideVariant
+    gate: Gate | None  # None: the plain baseline
+
+
+class Preprocessing(Part):
+    size: int = Field(ge=32)  # pixels
+    resize: Literal["squash-bilinear"]  # aspect ratio not kept, antialiased
+    mean: Triple
+    std: Triple
+
+
+class OperatingPoint(Part):
+    """A threshold on the calibrated probability of the positive (last) class."""
+
+    threshold: float = Field(ge=0, le=1)
+    fitted_on: str
+
+
+class Metric(Part):
+    """A value with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Split(Part):
+    """Where the metrics come from."""
+
+    data: str
+    folds: int
+    held_out_fold: int
+    training_images: int
+    held_out_images: int
+    fingerprint: Sha256
+
+
+class FileRecord(Part):
+    sha256: Sha256
+    size: int = Field(ge=0)  # bytes
+
+
+class Manifest(Part):
+    """The whole of `manifest.json`; docs/architecture.md describes each field."""
+
+    schema_version: Literal[1]
+    name: Identifier
+    version: Identifier
+    created: datetime
+    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    architecture: Architecture
+    preprocessing: Preprocessing
+    temperature: float = Field(gt=0)
+    operating_points: dict[str, OperatingPoint]  # empty with more than two classes
+    metrics: dict[str, Metric]
+    split: Split
+    training_config: dict[str, Any]
+    git_commit: str
+    licence: str
+    files: dict[str, FileRecord]
+
+    @model_validator(mode="after")
+    def _two_classes_decide(self) -> "Manifest":
+        if len(self.classes) == 2 and "balanced" not in self.operating_points:
+            raise ValueError("a version with two classes needs the operating point 'balanced'")
+        return self

@@ -1,0 +1,137 @@
+"""Bytes -> checked RGB image -> uint8 tensor. Training and serving decode through this one function."""
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MIN_SIDE = 16  # below this there is nothing to look at
+LOW_RESOLUTION_SIDE = 200  # the training images have 224
+MAX_ASPECT = 2.5  # dermoscopes give at most 16:9; squashing more than this distorts the lesion
+REDUCING_GAP = 2  # decode a JPEG at no less than twice the target, so that the last resize still filters
+
+
+class ImageError(ValueError):
+    """An image that cannot be served; the message says what to do about it."""
+
+
+class NotAnImage(ImageError):
+    """The bytes are no image, or a damaged one."""
+
+
+class ImageTooLarge(ImageError):
+    """More pixels than the limit, seen in the header and not decoded."""
+
+
+class ImageTooSmall(ImageError):
+    """Fewer pixels on a side than `MIN_SIDE`."""
+
+
+class FormatNotServed(ImageError):
+    """A real image of a format, mode or depth that the model was not made for."""
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """A decoded upload: what the model sees, what a person is shown, and what was noticed."""
+
+    pixels: NDArray[np.uint8]  # uint8[3,size,size] RGB
+    preview: Image.Image  # RGB, upright, own aspect ratio, at most `preview_side` on the longer side
+    width: int  # pixels, upright, as uploaded
+    height: int
+    format: str
+    warnings: tuple[str, ...]
+
+
+def decode(
+    data: bytes, *, size: int = 224, max_pixels: int = 64_000_000, preview_side: int = 1024
+) -> DecodedImage:
+    """Decode, check and resize one image to `uint8[3,size,size]`.
+
+    The aspect ratio is not kept: the paper's images were squashed to a square (docs/decisions/001-squash.md).
+
+    Args:
+        data: the whole file.
+        size: side of the square that the model takes, pixels.
+        max_pixels: largest width × height accepted.
+        preview_side: longest side of the preview, pixels.
+
+    Raises:
+        NotAnImage, ImageTooLarge, ImageTooSmall, FormatNotServed.
+    """
+    image = _open(data)
+    width, height = image.size
+    _check(image, data, max_pixels)
+    kind, mode = str(image.format), image.mode
+    if kind == "JPEG":
+        # libjpeg scales by 1/2, 1/4 or 1/8 inside the DCT: a 12-megapixel photograph costs a fraction of a full decode
+        image.draft("RGB", (REDUCING_GAP * size, REDUCING_GAP * size))
+    try:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, MemoryError, OverflowError, EOFError) as error:
+        raise NotAnImage(f"the {kind} file is truncated or damaged: export it again") from error
+    if width != height and upright.size[0] * height != upright.size[1] * width:
+        turned = (upright.size[0] > upright.size[1]) != (width > height)
+        width, height = (height, width) if turned else (width, height)
+    rgb = upright.convert("RGB")
+    square = rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BILINEAR)
+    pixels = np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+    if max(rgb.size) > preview_side:
+        rgb.thumbnail((preview_side, preview_side), Image.Resampling.BILINEAR, reducing_gap=REDUCING_GAP)
+    return DecodedImage(
+        pixels=pixels,
+        preview=rgb,
+        width=width,
+        height=height,
+        format=kind,
+        warnings=_warnings(mode, width, height),
+    )
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise NotAnImage("the upload is empty: send the bytes of a JPEG, PNG or WebP file")
+    try:
+        return Image.open(io.BytesIO(data))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageTooLarge("the image has far too many pixels: scale it down") from error
+    except UnidentifiedImageError as error:
+        raise NotAnImage("the upload is not an image: send a JPEG, PNG or WebP file") from error
+    except (OSError, SyntaxError, ValueError, MemoryError, OverflowError, EOFError) as error:
+        raise NotAnImage("the image file is damaged: export it again") from error
+
+
+def _check(image: Image.Image, data: bytes, max_pixels: int) -> None:
+    width, height = image.size
+    if image.format not in FORMATS:
+        raise FormatNotServed(f"{image.format} is not served: convert the image to JPEG, PNG or WebP")
+    if width * height > max_pixels:
+        limit = max_pixels / 1e6
+        raise ImageTooLarge(f"{width}×{height} is over the limit of {limit:g} megapixels: scale it down")
+    if min(width, height) < MIN_SIDE:
+        raise ImageTooSmall(f"{width}×{height} is too small to judge: each side needs {MIN_SIDE} pixels or more")
+    if getattr(image, "is_animated", False):
+        raise FormatNotServed("animated images are not served: send one still frame")
+    if image.mode == "CMYK":
+        raise FormatNotServed("CMYK images are not served: convert to RGB, colour carries diagnostic weight")
+    # Pillow reads 16-bit RGB PNGs as 8-bit without a word; byte 24 of a PNG is its bit depth
+    if image.mode.startswith(("I", "F")) or (image.format == "PNG" and data[24] > 8):
+        raise FormatNotServed("16-bit images are not served: convert to 8 bits per channel")
+
+
+def _warnings(mode: str, width: int, height: int) -> tuple[str, ...]:
+    found = []
+    if mode in ("1", "L", "LA"):
+        found.append("greyscale image: the model was trained on colour")
+    if mode in ("RGBA", "LA", "PA"):
+        found.append("transparency was ignored")
+    if min(width, height) < LOW_RESOLUTION_SIDE:
+        found.append(f"low resolution: the shorter side has {min(width, height)} pixels, 224 or more is better")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        found.append(f"extreme aspect ratio {max(width, height) / math.floor(min(width, height)):.1f}:1: crop to the lesion")
+    return tuple(found)
