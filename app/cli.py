@@ -105,9 +105,7 @@ def _explain(options: argparse.Namespace, settings: Settings) -> int:
 
 def _see(path: Path, model: OpenModel, settings: Settings) -> tuple[DecodedImage, NDArray[np.float32], Judgement]:
     """Decode, run and judge one file; the map is float32[K,H,W]."""
-    image = decode(
-        path.read_bytes(), size=model.manifest.preprocessing.size, max_pixels=settings.max_pixels
-    )
+    image = decode(path.read_bytes(), size=model.manifest.preprocessing.size, max_pixels=settings.max_pixels)
     logits, cam = model.engine.run(image.pixels[None])
     return image, cam[0], judge(logits[0], model.manifest, settings.operating_point)
 

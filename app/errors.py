@@ -59,9 +59,9 @@ def _problem(kind: Kind, detail: str, request_id: str) -> Problem:
 
 
 def _respond(problem: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(
-        problem.model_dump(), problem.status, headers=headers, media_type="application/problem+json"
-    )
+    # A 500 is sent from outside the middleware that sets the id on every other answer
+    headers = {"X-Request-ID": problem.request_id, **(headers or {})}
+    return JSONResponse(problem.model_dump(), problem.status, headers=headers, media_type="application/problem+json")
 
 
 def install(app: FastAPI, metrics: Metrics) -> None:

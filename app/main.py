@@ -71,9 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         await batcher.stop()
 
-    app = FastAPI(
-        title="dermlens", description=DESCRIPTION, version=installed_version("dermlens"), lifespan=lifespan
-    )
+    app = FastAPI(title="dermlens", description=DESCRIPTION, version=installed_version("dermlens"), lifespan=lifespan)
     service = Service(
         batcher=batcher,
         manifest=manifest,

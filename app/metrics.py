@@ -13,11 +13,13 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "dermlens_requests", "Finished HTTP requests.", ["route", "status"], registry=registry
-        )
+        self.requests = Counter("dermlens_requests", "Finished HTTP requests.", ["route", "status"], registry=registry)
         self.request_seconds = Histogram(
-            "dermlens_request_seconds", "Time to answer, seconds.", ["route"], buckets=SECONDS, registry=registry
+            "dermlens_request_seconds",
+            "Time to answer, seconds.",
+            ["route"],
+            buckets=SECONDS,
+            registry=registry,
         )
         self.in_flight = Gauge("dermlens_in_flight_requests", "Requests being answered.", registry=registry)
         self.queue_depth = Gauge("dermlens_queue_depth", "Images waiting for the device.", registry=registry)

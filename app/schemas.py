@@ -107,7 +107,5 @@ def prediction_fields(
         "label": judgement.label,
         "probabilities": judgement.probabilities,
         "decision": decision,
-        "image": ImageFacts(
-            width=image.width, height=image.height, format=image.format, warnings=list(image.warnings)
-        ),
+        "image": ImageFacts(width=image.width, height=image.height, format=image.format, warnings=list(image.warnings)),
     }

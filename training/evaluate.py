@@ -1,6 +1,6 @@
 """Evaluate a published version on its held-out fold; metrics are pure functions of labels and scores.
 
-    python -m training.evaluate --version 1 --csv held_out.csv
+python -m training.evaluate --version 1 --csv held_out.csv
 """
 
 import argparse

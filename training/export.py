@@ -1,6 +1,6 @@
 """Publish a finished run as a version: calibrate, evaluate, write the model card, and make it current.
 
-    python -m training.export --run runs/full --version 1 --promote
+python -m training.export --run runs/full --version 1 --promote
 """
 
 import argparse
@@ -126,9 +126,7 @@ def export(run_dir: Path, root: Path, *, name: str, version: str) -> Path:
         store.WEIGHTS: safetensors.numpy.save(run.weights),
         "MODEL_CARD.md": model_card(manifest, run.history).encode(),
         "report/held_out_predictions.csv": predictions.read_bytes(),
-        "report/held_out.png": held_out_figure(
-            labels, probabilities, positive, classes=manifest.classes, title=title
-        ),
+        "report/held_out.png": held_out_figure(labels, probabilities, positive, classes=manifest.classes, title=title),
         "report/training.png": history_figure(run.history, title=f"{name} {version}"),
     }
     folder = store.publish(root, manifest, files)
@@ -138,7 +136,7 @@ def export(run_dir: Path, root: Path, *, name: str, version: str) -> Path:
 
 
 def _git_commit() -> str:
-    done = subprocess.run(  # noqa: S603 - fixed words
+    done = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],  # noqa: S607 - git from the path
         capture_output=True,
         text=True,

@@ -10,8 +10,8 @@ LIMITS = """\
 - It has seen one curated data set of dermoscopic images, squashed to 224×224. Clinical photographs, other devices,
   other clinics and rare lesion types degrade it: a plain fine-tune on these images scored a ROC-AUC of about 0.97 on
   images like them and 0.72 on clinics that it had never seen (../shared/DATA.md).
-- **Dark skin is nearly absent** from the training data. On DDI, a model trained on similar data scored a ROC-AUC of 0.72
-  on light and 0.57 on dark skin (../shared/PAPER.md).
+- **Dark skin is nearly absent** from the training data. On DDI, a model trained on similar data scored a ROC-AUC of
+  0.72 on light and 0.57 on dark skin (../shared/PAPER.md).
 - Surgical ink and rulers are shortcuts: ink raised false positives by about 40 points in PMC6694463.
 - The data set holds near-duplicate frames and no patient identifiers. Folds keep images together whose thumbnails
   correlate above 0.97; other images of one patient may still lie on both sides.
@@ -41,8 +41,8 @@ def model_card(manifest: Manifest, history: Sequence[dict[str, float]]) -> str:
 ## Training
 
 {split.training_images} images of `{split.data}`, start `{config["model"]["start"]}`, {len(history)} epochs, \
-{seconds / 60:.0f} minutes in all. The published weights are the exponential moving average at the last epoch; no epoch \
-was chosen by its held-out score. The whole configuration is in `manifest.json`.
+{seconds / 60:.0f} minutes in all. The published weights are the exponential moving average at the last epoch; no \
+epoch was chosen by its held-out score. The whole configuration is in `manifest.json`.
 
 ![loss and ROC-AUC](report/training.png)
 

@@ -45,7 +45,10 @@ def history_figure(history: Sequence[dict[str, float]], *, title: str) -> bytes:
     losses, ranking = figure.subplots(1, 2)
     figure.suptitle(title)
     epochs = [row["epoch"] for row in history]
-    for key, label in (("train_loss", "training (smoothed labels)"), ("held_out_log_loss", "held-out, EMA weights")):
+    for key, label in (
+        ("train_loss", "training (smoothed labels)"),
+        ("held_out_log_loss", "held-out, EMA weights"),
+    ):
         losses.plot(epochs, [row[key] for row in history], label=label)
     losses.set(xlabel="epoch", title="Loss")
     losses.legend()

@@ -1,7 +1,7 @@
 """Train ASFF ResNet-50 or its baseline; run the same command again to resume.
 
-    python -m training.train --config training/configs/full.toml
-    torchrun --nproc-per-node=2 -m training.train --config training/configs/full.toml
+python -m training.train --config training/configs/full.toml
+torchrun --nproc-per-node=2 -m training.train --config training/configs/full.toml
 """
 
 import argparse
@@ -50,7 +50,7 @@ def train(config: Config, run_dir: Path, world: World, *, until_epoch: int | Non
         raise ValueError(f"{len(training)} training images are fewer than one batch: lower optimisation.batch_size")
     statistics = dataset.images[training[: RESTORE_IMAGES * 8 : 8]]
     model = build(config.model, classes=len(config.data.classes), seed=config.seed, images=statistics)
-    model = model.to(world.device, memory_format=torch.channels_last)
+    model = model.to(world.device).to(memory_format=torch.channels_last)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.optimisation.ema_decay))
     optimizer = torch.optim.AdamW(parameter_groups(model, config.optimisation))
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,9 @@ def train(config: Config, run_dir: Path, world: World, *, until_epoch: int | Non
             write_history(run_dir, history)
             print("  ".join(f"{k} {v:.4g}" for k, v in history[-1].items()), flush=True)
     if world.main:
-        print(f"done: {len(history)} of {config.epochs} epochs. Publish with: python -m training.export --run {run_dir}")
+        print(
+            f"done: {len(history)} of {config.epochs} epochs. Publish with: python -m training.export --run {run_dir}"
+        )
 
 
 def train_epoch(
@@ -101,9 +103,9 @@ def train_epoch(
     bar = tqdm(range(steps), desc=f"epoch {epoch + 1}/{config.epochs}", disable=None if world.main else True)
     for step in bar:
         mine = slice(step * batch_size + world.rank, (step + 1) * batch_size, world.size)
-        images = augment(
-            dataset.images[order[mine]], uniforms[mine], size=phase.size, strength=config.augmentation
-        ).to(world.device, memory_format=torch.channels_last)
+        images = augment(dataset.images[order[mine]], uniforms[mine], size=phase.size, strength=config.augmentation).to(
+            world.device, memory_format=torch.channels_last
+        )
         rate = schedule(
             (epoch * steps + step) / (config.epochs * steps),
             step_in_phase=epoch_in_phase * steps + step,

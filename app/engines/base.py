@@ -46,7 +46,7 @@ def build_engine(name: EngineName, version: LoadedVersion, *, threads: int) -> E
 
     if name == "cuda" and not cuda_available():
         raise EngineUnavailable("DERMLENS_ENGINE=cuda, but torch sees no CUDA device: use auto, or check the driver")
-    device = "cuda" if name == "cuda" or (name == "auto" and cuda_available()) else "cpu"
+    device: Literal["cpu", "cuda"] = "cuda" if name == "cuda" or (name == "auto" and cuda_available()) else "cpu"
     return TorchEngine(version, device=device, threads=threads)
 
 

@@ -28,7 +28,7 @@ class TorchEngine:
         # Not run on a GPU yet (docs/decisions/002-no-gpu-here.md)
         dtype = torch.float16 if device == "cuda" else torch.float32
         model = from_version(version.manifest, version.weights)
-        self._model = model.to(self._torch_device, dtype, memory_format=torch.channels_last)
+        self._model = model.to(self._torch_device, dtype).to(memory_format=torch.channels_last)
 
     def run(self, images: NDArray[np.uint8]) -> Output:
         """uint8[B,3,S,S] -> logits float32[B,K] and cam float32[B,K,S/16,S/16]; bytes cross to the device."""

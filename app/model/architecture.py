@@ -68,10 +68,10 @@ class AdaptiveFusion(nn.Module):
     def weights(self, f1: Tensor, f2: Tensor) -> Tensor:
         """`a` float[B,C], each in 0..1, from the two float[B,C,H,W] branches."""
         pooled = torch.cat([f1.mean(dim=(2, 3)), f2.mean(dim=(2, 3))], dim=1)
-        scores = self.excite(F.relu(self.squeeze(pooled)))
+        scores: Tensor = self.excite(F.relu(self.squeeze(pooled)))
         if self.gate == "channel_softmax":
             return scores.softmax(dim=1)
-        return scores.unflatten(1, (2, -1)).softmax(dim=1)[:, 0]
+        return scores.view(len(scores), 2, -1).softmax(dim=1)[:, 0]
 
     def forward(self, conv4: Tensor, conv5: Tensor) -> Tensor:
         """float[B,1024,H,W] and float[B,2048,H/2,W/2] -> float[B,1024,H,W]."""
@@ -107,7 +107,7 @@ class PooledHead(nn.Module):
         gradient = (active[:, None, :] * (w2 - others)) @ self.fc1.weight  # [B,K,C]
         height, width = features.shape[-2:]
         cam = torch.bmm(gradient, features.flatten(2)) / (height * width)
-        return cam.unflatten(2, (height, width))
+        return cam.view(len(cam), -1, height, width)
 
 
 class LesionNet(nn.Module):
@@ -138,8 +138,13 @@ class LesionNet(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images in 0..255 -> the map that is pooled and explained, float[B,1024,14,14]."""
+        conv4: Tensor
+        conv5: Tensor
         conv4, conv5 = self.trunk((images.to(self.mean.dtype) - self.mean) / self.std)
-        return self.fusion(conv4, conv5) if self.fusion is not None else conv5
+        if self.fusion is None:
+            return conv5
+        fused: Tensor = self.fusion(conv4, conv5)
+        return fused
 
     def forward(self, images: Tensor) -> Output:
         output: Output = self.head(self.forward_features(images))

@@ -27,13 +27,10 @@ class Overlay:
 def evidence(cam: NDArray[np.float32]) -> NDArray[np.float32]:
     """Positive part of a raw map [H,W], scaled to 0..1 by its own peak; all 0 where nothing is positive."""
     positive = np.maximum(cam, 0)
-    peak = float(positive.max())
-    return positive / peak if peak > 0 else positive
+    return np.asarray(positive / (positive.max() or 1), dtype=np.float32)
 
 
-def render(
-    cam: NDArray[np.float32], preview: Image.Image, *, style: Style, alpha: float, description: str
-) -> Overlay:
+def render(cam: NDArray[np.float32], preview: Image.Image, *, style: Style, alpha: float, description: str) -> Overlay:
     """Draw a raw map float32[H,W] over an RGB preview of any size.
 
     Args:

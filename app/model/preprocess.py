@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 64_000_000  # unless the caller says otherwise
 MIN_SIDE = 16  # below this there is nothing to look at
 LOW_RESOLUTION_SIDE = 200  # the training images have 224
 MAX_ASPECT = 2.5  # dermoscopes give at most 16:9; squashing more than this distorts the lesion
@@ -47,9 +48,7 @@ class DecodedImage:
     warnings: tuple[str, ...]
 
 
-def decode(
-    data: bytes, *, size: int = 224, max_pixels: int = 64_000_000, preview_side: int = 1024
-) -> DecodedImage:
+def decode(data: bytes, *, size: int = 224, max_pixels: int = MAX_PIXELS, preview_side: int = 1024) -> DecodedImage:
     """Decode, check and resize one image to `uint8[3,size,size]`.
 
     The aspect ratio is not kept: the paper's images were squashed to a square (docs/decisions/001-squash.md).
@@ -133,5 +132,7 @@ def _warnings(mode: str, width: int, height: int) -> tuple[str, ...]:
     if min(width, height) < LOW_RESOLUTION_SIDE:
         found.append(f"low resolution: the shorter side has {min(width, height)} pixels, 224 or more is better")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        found.append(f"extreme aspect ratio {max(width, height) / math.floor(min(width, height)):.1f}:1: crop to the lesion")
+        found.append(
+            f"extreme aspect ratio {max(width, height) / math.floor(min(width, height)):.1f}:1: crop to the lesion"
+        )
     return tuple(found)

@@ -1,7 +1,7 @@
 """The model store: publish, verify, load and promote versions. Nothing is unpickled, nothing half-written is seen.
 
-    model_store/<name>/current            the served version
-    model_store/<name>/<version>/         manifest.json weights.safetensors MODEL_CARD.md report/
+model_store/<name>/current            the served version
+model_store/<name>/<version>/         manifest.json weights.safetensors MODEL_CARD.md report/
 """
 
 import hashlib
@@ -126,7 +126,9 @@ def _read_verified(folder: Path, file: str, manifest: Manifest) -> bytes:
     except OSError:
         raise VersionDamaged(f"{folder / file} is missing: restore it from where this version was published") from None
     if _record(data) != record:
-        raise VersionDamaged(f"{folder / file} is not the published file (SHA-256 differs): restore it, do not serve it")
+        raise VersionDamaged(
+            f"{folder / file} is not the published file (SHA-256 differs): restore it, do not serve it"
+        )
     return data
 
 

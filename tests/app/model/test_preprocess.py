@@ -1,0 +1,163 @@
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from app.model import preprocess
+from app.model.preprocess import FormatNotServed, ImageTooLarge, ImageTooSmall, NotAnImage, decode
+from tests.conftest import SHARED_DATA, encode
+from training.drawn import draw_lesion
+
+
+def png_header(width: int, height: int, *, depth: int = 8, colour: int = 2) -> bytes:
+    """A PNG that announces a size and carries next to nothing."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+
+
+def test_an_image_of_the_models_size_passes_through_untouched() -> None:
+    image = draw_lesion(0, 1)
+    decoded = decode(encode(image, "PNG"))
+    assert decoded.pixels.dtype == np.uint8
+    assert np.array_equal(decoded.pixels.transpose(1, 2, 0), np.asarray(image))
+    assert (decoded.width, decoded.height, decoded.format, decoded.warnings) == (224, 224, "PNG", ())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_each_served_format_decodes(kind: str) -> None:
+    decoded = decode(encode(draw_lesion(1, 1, size=(300, 260)), kind))
+    assert decoded.pixels.shape == (3, 224, 224)
+    assert (decoded.width, decoded.height, decoded.format) == (300, 260, kind)
+
+
+def test_a_scaled_jpeg_decode_stays_close_to_the_full_one() -> None:
+    image = draw_lesion(1, 5, size=(2400, 1800))
+    scaled = decode(encode(image, "JPEG", quality=95))
+    full = decode(encode(image, "PNG"))
+    assert (scaled.width, scaled.height) == (2400, 1800)
+    assert scaled.preview.size[0] < 1100
+    assert np.abs(scaled.pixels.astype(int) - full.pixels.astype(int)).mean() < 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(300, 200), (1800, 1200), (240, 240)])
+def test_exif_orientation_is_undone(orientation: int, size: tuple[int, int]) -> None:
+    upright = draw_lesion(1, 7, size=size)
+    undo = {
+        2: [Image.Transpose.FLIP_LEFT_RIGHT],
+        3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM],
+        5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE],
+        8: [Image.Transpose.ROTATE_270],
+    }
+    stored = upright
+    for step in undo.get(orientation, []):
+        stored = stored.transpose(step)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    decoded = decode(encode(stored, "JPEG", quality=98, exif=exif))
+    assert (decoded.width, decoded.height) == size
+    assert decoded.preview.size[0] * size[1] == pytest.approx(decoded.preview.size[1] * size[0], rel=0.02)
+    expected = decode(encode(upright, "JPEG", quality=98)).pixels.astype(int)
+    assert np.abs(decoded.pixels.astype(int) - expected).mean() < 2
+
+
+def test_the_preview_keeps_the_aspect_ratio_within_its_bound() -> None:
+    preview = decode(encode(draw_lesion(0, 2, size=(3000, 1500)), "PNG")).preview
+    assert preview.size == (1024, 512)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"just some text",
+        b"\xff\xd8\xff\xe0" + b"\0" * 40,
+        b"\x89PNG\r\n\x1a\n" + b"\0" * 8,
+        b"RIFF\x24\0\0\0WEBPVP8 " + b"\0" * 24,
+        png_header(64, 64),
+    ],
+    ids=["empty", "text", "jpeg-magic", "png-magic", "webp-magic", "png-without-pixels"],
+)
+def test_what_is_no_image_is_refused(data: bytes) -> None:
+    with pytest.raises(NotAnImage):
+        decode(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
+def test_a_truncated_file_is_refused(kind: str, keep: float) -> None:
+    data = encode(draw_lesion(1, 2, size=(400, 300)), kind)
+    with pytest.raises(NotAnImage, match=r"again|not an image"):
+        decode(data[: int(len(data) * keep)])
+
+
+@pytest.mark.parametrize(("width", "height"), [(40_000, 40_000), (10_000, 10_000), (9_000, 8_000)])
+def test_too_many_pixels_are_refused_from_the_header(width: int, height: int) -> None:
+    with pytest.raises(ImageTooLarge):
+        decode(png_header(width, height))
+
+
+def test_too_few_pixels_are_refused() -> None:
+    with pytest.raises(ImageTooSmall):
+        decode(encode(Image.new("RGB", (300, 8))))
+
+
+def frames() -> list[Image.Image]:
+    return [draw_lesion(0, n, size=(64, 64)) for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (encode(Image.new("CMYK", (64, 64)), "JPEG"), "CMYK"),
+        (encode(Image.fromarray(np.zeros((64, 64), dtype=np.uint16))), "16-bit"),
+        (png_header(64, 64, depth=16), "16-bit"),
+        (encode(frames()[0], "GIF"), "GIF"),
+        (encode(frames()[0], "GIF", save_all=True, append_images=frames()[1:]), "GIF"),
+        (encode(frames()[0], "WEBP", save_all=True, append_images=frames()[1:]), "animated"),
+        (encode(frames()[0], "PNG", save_all=True, append_images=frames()[1:]), "animated"),
+        (encode(frames()[0], "BMP"), "BMP"),
+        (encode(frames()[0], "TIFF"), "TIFF"),
+    ],
+    ids=["cmyk", "grey-16", "rgb-16", "gif", "animated-gif", "animated-webp", "animated-png", "bmp", "tiff"],
+)
+def test_formats_that_the_model_was_not_made_for_are_refused_by_name(data: bytes, word: str) -> None:
+    with pytest.raises(FormatNotServed, match=word):
+        decode(data)
+
+
+@pytest.mark.parametrize(
+    ("image", "word"),
+    [
+        (draw_lesion(0, 1).convert("L"), "greyscale"),
+        (draw_lesion(0, 1).convert("RGBA"), "transparency"),
+        (draw_lesion(0, 1, size=(100, 100)), "low resolution"),
+        (draw_lesion(0, 1, size=(900, 224)), "aspect"),
+    ],
+)
+def test_what_makes_an_answer_worse_is_said(image: Image.Image, word: str) -> None:
+    (warning,) = decode(encode(image)).warnings
+    assert word in warning
+
+
+def test_palette_images_keep_their_colours() -> None:
+    image = draw_lesion(1, 1).quantize(64)
+    assert np.array_equal(decode(encode(image)).pixels.transpose(1, 2, 0), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.skipif(not (SHARED_DATA / "full_size").is_dir(), reason=f"no full-size images in {SHARED_DATA}")
+def test_a_clinics_photographs_decode() -> None:
+    for path in sorted(Path(SHARED_DATA / "full_size").iterdir()):
+        decoded = decode(path.read_bytes())
+        assert decoded.pixels.shape == (3, 224, 224)
+        assert decoded.width * decoded.height <= preprocess.MAX_PIXELS

@@ -1,0 +1,295 @@
+import base64
+import io
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from app.main import create_app
+from app.model.labels import NOTICE
+from app.settings import Settings
+from tests.app.model.test_preprocess import png_header
+from tests.conftest import encode
+from training.drawn import draw_lesion
+
+JPEG = {"content-type": "image/jpeg"}
+
+
+def check_problem(response: httpx2.Response, status: int, slug: str) -> dict[str, Any]:
+    problem: dict[str, Any] = response.json()
+    assert (response.status_code, problem["status"]) == (status, status)
+    assert response.headers["content-type"] == "application/problem+json"
+    assert problem["type"] == f"urn:dermlens:problem:{slug}"
+    assert problem["request_id"] == response.headers["x-request-id"]
+    assert problem["title"]
+    assert problem["detail"]
+    return problem
+
+
+def test_predict_takes_multipart_and_the_raw_body_alike(client: TestClient, lesion: bytes) -> None:
+    answers = [
+        client.post("/predict", files={"file": ("a.jpg", lesion, "image/jpeg")}),
+        client.post("/predict", content=lesion, headers=JPEG),
+        client.post("/predict", content=lesion, headers={"content-type": "application/octet-stream"}),
+        client.post("/predict", content=lesion),
+    ]
+    first = answers[0].json()
+    assert first["request_id"] == answers[0].headers["x-request-id"]
+    assert answers[0].headers["x-model-version"] == "1"
+    assert first["model"] == {"name": "asff-resnet50", "version": "1"}
+    assert sum(first["probabilities"].values()) == pytest.approx(1)
+    assert first["decision"]["operating_point"] == "balanced"
+    assert first["decision"]["threshold"] == 0.4
+    assert first["decision"]["positive"] == (first["probabilities"]["malignant"] >= 0.4)
+    assert first["label"] == ("malignant" if first["decision"]["positive"] else "benign")
+    assert first["image"] == {"width": 320, "height": 240, "format": "JPEG", "warnings": []}
+    assert first["notice"] == NOTICE
+    for answer in answers:
+        assert answer.status_code == 200
+        assert answer.json()["probabilities"] == pytest.approx(first["probabilities"])
+
+
+def test_concurrent_requests_share_batches_and_keep_their_own_answers(client: TestClient) -> None:
+    files = [encode(draw_lesion(n % 2, n)) for n in range(12)]
+
+    def ask(data: bytes) -> float:
+        answer = client.post("/predict", content=data, headers={"content-type": "image/png"})
+        return float(answer.json()["probabilities"]["malignant"])
+
+    alone = [ask(data) for data in files]
+    with ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(ask, files))
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert len({round(p, 6) for p in alone}) > 6
+
+
+def test_a_bad_file_in_a_batch_fails_alone_and_keeps_its_place(client: TestClient, lesion: bytes) -> None:
+    parts = [("files", ("a", data, "image/jpeg")) for data in (lesion, b"text", lesion[:500], lesion)]
+    items = client.post("/predict/batch", files=parts).json()
+    assert [item["index"] for item in items] == [0, 1, 2, 3]
+    assert [item["problem"] and item["problem"]["status"] for item in items] == [None, 400, 400, None]
+    assert items[0]["prediction"]["probabilities"] == pytest.approx(items[3]["prediction"]["probabilities"])
+
+
+def test_too_many_files_are_refused(client: TestClient, lesion: bytes) -> None:
+    parts = [("files", ("a", lesion, "image/jpeg"))] * 5
+    check_problem(client.post("/predict/batch", files=parts), 400, "malformed-upload")
+
+
+def test_explain_draws_a_png_of_the_uploads_shape(client: TestClient, lesion: bytes) -> None:
+    answer = client.post("/explain", content=lesion, headers=JPEG)
+    assert answer.headers["content-type"] == "image/png"
+    assert Image.open(io.BytesIO(answer.content)).size == (320, 240)
+    predicted = client.post("/predict", content=lesion, headers=JPEG).json()
+    assert float(answer.headers["x-probability-malignant"]) == pytest.approx(
+        predicted["probabilities"]["malignant"], abs=1e-5
+    )
+    assert answer.headers["x-model-version"] == "1"
+    assert answer.headers["x-cam-empty"] == str(float(answer.headers["x-cam-peak"]) <= 0).lower()
+
+
+def test_explain_as_json_carries_the_map_and_the_same_picture(client: TestClient, lesion: bytes) -> None:
+    headers = JPEG | {"accept": "application/json"}
+    by_target = {
+        target: client.post("/explain", params={"target": target}, content=lesion, headers=headers).json()
+        for target in ("benign", "malignant", "predicted")
+    }
+    for target in ("benign", "malignant"):
+        raw = np.array(by_target[target]["map"])
+        assert raw.shape == (14, 14)
+        assert by_target[target]["target"] == target
+        assert by_target[target]["peak"] == pytest.approx(raw.max())
+        assert by_target[target]["empty"] == (raw.max() <= 0)
+    assert np.allclose(by_target["benign"]["map"], -np.array(by_target["malignant"]["map"]), atol=1e-6)
+    assert by_target["predicted"]["target"] == by_target["predicted"]["label"]
+    png = client.post("/explain", content=lesion, headers=JPEG).content
+    assert base64.b64decode(by_target["predicted"]["overlay_png"]) == png
+
+
+@pytest.mark.parametrize(("style", "width"), [("overlay", 320), ("heatmap", 320), ("side-by-side", 640)])
+def test_explain_styles(client: TestClient, lesion: bytes, style: str, width: int) -> None:
+    answer = client.post("/explain", params={"style": style, "alpha": 1}, content=lesion, headers=JPEG)
+    assert Image.open(io.BytesIO(answer.content)).size == (width, 240)
+
+
+@pytest.mark.parametrize("query", ["target=mole", "style=cubist", "alpha=2", "alpha=x", "alpha=nan"])
+def test_a_bad_parameter_is_named(client: TestClient, lesion: bytes, query: str) -> None:
+    problem = check_problem(client.post(f"/explain?{query}", content=lesion, headers=JPEG), 422, "invalid-parameter")
+    assert query.split("=")[0] in problem["detail"]
+
+
+ANIMATED = encode(draw_lesion(0, 1), "WEBP", save_all=True, append_images=[draw_lesion(0, 2)])
+BAD_IMAGES = {
+    "empty": (b"", 400, "not-an-image"),
+    "text": (b"hello, this is no image", 400, "not-an-image"),
+    "truncated-jpeg": (encode(draw_lesion(0, 1), "JPEG")[:1500], 400, "not-an-image"),
+    "bomb": (png_header(40_000, 40_000), 413, "image-too-large"),
+    "cmyk": (encode(Image.new("CMYK", (64, 64)), "JPEG"), 415, "format-not-served"),
+    "16-bit": (png_header(64, 64, depth=16), 415, "format-not-served"),
+    "animated-gif": (
+        encode(draw_lesion(0, 1), "GIF", save_all=True, append_images=[draw_lesion(0, 2)]),
+        415,
+        "format-not-served",
+    ),
+    "animated-webp": (ANIMATED, 415, "format-not-served"),
+    "tiny": (encode(Image.new("RGB", (4, 4))), 422, "image-too-small"),
+    "too-many-bytes": (b"\xff\xd8\xff" + b"\0" * 2_000_000, 413, "body-too-large"),
+}
+
+
+@pytest.mark.parametrize("route", ["/predict", "/explain"])
+@pytest.mark.parametrize("multipart", [False, True], ids=["raw", "multipart"])
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_bad_input_is_told_what_is_wrong_and_the_server_serves_on(
+    client: TestClient, lesion: bytes, name: str, multipart: bool, route: str
+) -> None:
+    data, status, slug = BAD_IMAGES[name]
+    started = time.perf_counter()
+    if multipart:
+        answer = client.post(route, files={"file": ("x.jpg", data, "image/jpeg")})
+    else:
+        answer = client.post(route, content=data, headers=JPEG)
+    assert time.perf_counter() - started < 1  # the contract of issue 2, not a benchmark
+    check_problem(answer, status, slug)
+    assert client.post("/predict", content=lesion, headers=JPEG).status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/json", "application/x-www-form-urlencoded"])
+def test_a_wrong_content_type_is_refused(client: TestClient, lesion: bytes, kind: str) -> None:
+    check_problem(client.post("/predict", content=lesion, headers={"content-type": kind}), 415, "unsupported-body")
+    check_problem(client.post("/predict/batch", content=lesion, headers=JPEG), 415, "unsupported-body")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"", "multipart/form-data"),
+        (b"no boundary here", "multipart/form-data; boundary=x"),
+        (
+            b'--x\r\nContent-Disposition: form-data; name="other"\r\n\r\n1\r\n--x--\r\n',
+            "multipart/form-data; boundary=x",
+        ),
+        (
+            b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nabc',
+            "multipart/form-data; boundary=x",
+        ),
+    ],
+    ids=["no-boundary", "not-multipart", "no-file", "cut-off"],
+)
+def test_malformed_multipart_is_refused(client: TestClient, body: bytes, kind: str) -> None:
+    check_problem(client.post("/predict", content=body, headers={"content-type": kind}), 400, "malformed-upload")
+
+
+def test_a_body_without_a_length_is_bounded_as_it_arrives(client: TestClient) -> None:
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(100):
+            sent += 1
+            yield b"\0" * 100_000
+
+    check_problem(client.post("/predict", content=endless(), headers=JPEG), 413, "body-too-large")
+
+
+def test_uploads_never_reach_a_temporary_file(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("an upload went to disk")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # what SpooledTemporaryFile rolls over to
+    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise))
+    assert 1_100_000 < len(data) < 2_000_000  # above Starlette's spooling limit, below ours
+    answer = client.post("/predict", files={"file": ("a.png", data, "image/png")})
+    assert answer.status_code == 200, answer.text
+
+
+def test_unknown_routes_and_methods_are_problems_too(client: TestClient) -> None:
+    check_problem(client.get("/nope"), 404, "http-404")
+    check_problem(client.get("/predict"), 405, "http-405")
+
+
+def test_health(client: TestClient) -> None:
+    assert client.get("/livez").json()["status"] == "ok"
+    assert client.get("/readyz").json() == {"status": "ok", "reason": None}
+
+
+def test_not_ready_before_start_and_work_is_refused(model_store: Path, lesion: bytes) -> None:
+    stopped = TestClient(create_app(Settings(model_store=model_store)))  # lifespan not entered
+    assert stopped.get("/livez").status_code == 200
+    ready = stopped.get("/readyz")
+    assert ready.status_code == 503
+    assert ready.json()["reason"]
+    problem = stopped.post("/predict", content=lesion, headers=JPEG)
+    check_problem(problem, 503, "not-ready")
+    assert problem.headers["retry-after"] == "1"
+
+
+def test_models_lists_the_versions_and_marks_the_served_one(client: TestClient) -> None:
+    models = client.get("/models").json()
+    assert models["name"] == "asff-resnet50"
+    assert [(m["version"], m["served"]) for m in models["versions"]] == [("1", True)]
+    assert models["versions"][0]["manifest"]["classes"] == ["benign", "malignant"]
+
+
+def test_request_ids_are_taken_over_only_where_they_are_plain(client: TestClient) -> None:
+    assert client.get("/livez", headers={"x-request-id": "abc-1.2_3"}).headers["x-request-id"] == "abc-1.2_3"
+    for bad in ("a b", "x" * 65, "é".encode(), "<script>"):
+        made = client.get("/livez", headers={"x-request-id": bad}).headers["x-request-id"]
+        assert re.fullmatch(r"[0-9A-HJKMNP-TV-Z]{26}", made)
+    a, b = (client.get("/livez").headers["x-request-id"] for _ in range(2))
+    assert a != b
+
+
+def series(client: TestClient, name: str) -> float:
+    found = re.search(rf"^{re.escape(name)} (\S+)$", client.get("/metrics").text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def test_metrics_count_what_happened(client: TestClient, lesion: bytes) -> None:
+    ok = 'dermlens_requests_total{route="/predict",status="200"}'
+    bad = 'dermlens_rejected_total{reason="not-an-image"}'
+    stages = [f'dermlens_stage_seconds_count{{stage="{s}"}}' for s in ("read", "decode", "queue", "forward", "render")]
+    names = [ok, bad, *stages]
+    before = {name: series(client, name) for name in names}
+    client.post("/predict", content=lesion, headers=JPEG)
+    client.post("/predict", content=b"text", headers=JPEG)
+    client.post("/explain", content=lesion, headers=JPEG)
+    grown = {name: series(client, name) - before[name] for name in names}
+    assert [grown[name] for name in names] == [1, 1, 3, 3, 2, 2, 1]
+    model = 'dermlens_model_info{device="cpu",engine="torch",name="asff-resnet50",version="1"}'
+    assert series(client, model) == 1
+
+
+def test_a_failing_engine_is_a_500_that_tells_nothing_of_itself(
+    model_store: Path, lesion: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(Settings(model_store=model_store))
+    with TestClient(app, raise_server_exceptions=False) as client:
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("secret detail")
+
+        monkeypatch.setattr("app.engines.torch_engine.torch.from_numpy", fail)
+        problem = check_problem(client.post("/predict", content=lesion, headers=JPEG), 500, "internal-error")
+        assert "secret" not in str(problem)
+        monkeypatch.undo()
+        assert client.post("/predict", content=lesion, headers=JPEG).status_code == 200
+
+
+def test_openapi_describes_every_route(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    assert set(paths) == {"/predict", "/predict/batch", "/explain", "/models", "/livez", "/readyz", "/metrics"}
+    content = paths["/predict"]["post"]["requestBody"]["content"]
+    assert set(content) == {"multipart/form-data", "image/jpeg", "image/png", "image/webp"}
+    assert "image/png" in paths["/explain"]["post"]["responses"]["200"]["content"]
+    assert client.get("/", follow_redirects=False).headers["location"] == "/docs"
+    assert client.get("/docs").status_code == 200

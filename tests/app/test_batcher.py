@@ -1,0 +1,228 @@
+"""Batching as its callers see it; the device is a function that waits until the test lets it go."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from app.batcher import DeadlineExceeded, MicroBatcher, QueueFull, Result, ShuttingDown
+
+
+class Outputs(NamedTuple):
+    logits: NDArray[np.float32]
+    cam: NDArray[np.float32]
+
+
+class Device:
+    """Answers an image with its own first value; holds every batch while `gate` is closed."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.began = threading.Event()
+        self.broken = False
+
+    def run(self, images: NDArray[np.uint8]) -> Outputs:
+        values = images.reshape(len(images), -1)[:, 0].astype(np.float32)
+        self.batches.append([int(v) for v in values])
+        self.began.set()
+        assert self.gate.wait(10)
+        if self.broken:
+            raise RuntimeError("the device failed")
+        return Outputs(np.stack([values, -values], axis=1), np.zeros((len(images), 2, 14, 14), dtype=np.float32))
+
+
+def image(value: int) -> NDArray[np.uint8]:
+    return np.full((3, 2, 2), value, dtype=np.uint8)
+
+
+@asynccontextmanager
+async def running(device: Device, **options: Any) -> AsyncIterator[MicroBatcher]:
+    batcher = MicroBatcher(device.run, **({"max_batch": 4, "max_wait_ms": 0, "max_queue": 100} | options))
+    batcher.start()
+    try:
+        yield batcher
+    finally:
+        device.gate.set()
+        await batcher.stop()
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(test())
+
+
+async def occupy(batcher: MicroBatcher, device: Device) -> "asyncio.Task[Result]":
+    """Put one image on the device and hold it there."""
+    device.gate.clear()
+    device.began.clear()
+    first = asyncio.create_task(batcher.submit(image(0), timeout_s=10))
+    await asyncio.to_thread(device.began.wait, 10)
+    return first
+
+
+async def queued(batcher: MicroBatcher, values: list[int], timeout_s: float = 10) -> "list[asyncio.Task[Result]]":
+    tasks = [asyncio.create_task(batcher.submit(image(v), timeout_s=timeout_s)) for v in values]
+    await asyncio.sleep(0)
+    return tasks
+
+
+def test_each_caller_gets_its_own_row() -> None:
+    async def test() -> None:
+        async with running(Device()) as batcher:
+            results = await asyncio.gather(*(batcher.submit(image(v), timeout_s=10) for v in range(23)))
+        assert [int(r.logits[0]) for r in results] == list(range(23))
+
+    run(test)
+
+
+def test_what_waits_while_the_device_is_busy_leaves_together() -> None:
+    async def test() -> None:
+        device = Device()
+        async with running(device) as batcher:
+            first = await occupy(batcher, device)
+            rest = await queued(batcher, [1, 2, 3, 4, 5, 6])
+            assert batcher.depth == 6
+            device.gate.set()
+            results = await asyncio.gather(first, *rest)
+        assert device.batches == [[0], [1, 2, 3, 4], [5, 6]]
+        assert [r.batch_size for r in results] == [1, 4, 4, 4, 4, 2, 2]
+
+    run(test)
+
+
+def test_an_idle_device_waits_only_where_it_was_told_to() -> None:
+    async def test() -> None:
+        device = Device()
+        async with running(device, max_wait_ms=50) as batcher:
+            first = asyncio.create_task(batcher.submit(image(1), timeout_s=10))
+            await asyncio.sleep(0.005)
+            await asyncio.gather(first, batcher.submit(image(2), timeout_s=10))
+        assert device.batches == [[1, 2]]
+
+    run(test)
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_return() -> None:
+    async def test() -> None:
+        device = Device()
+        async with running(device, max_queue=2) as batcher:
+            first = await occupy(batcher, device)
+            rest = await queued(batcher, [1, 2])
+            with pytest.raises(QueueFull) as refused:
+                await batcher.submit(image(3), timeout_s=10)
+            assert refused.value.retry_after_s >= 1
+            device.gate.set()
+            await asyncio.gather(first, *rest)
+        assert device.batches == [[0], [1, 2]]
+
+    run(test)
+
+
+def test_a_passed_deadline_is_told_and_never_runs() -> None:
+    async def test() -> None:
+        device = Device()
+        async with running(device) as batcher:
+            first = await occupy(batcher, device)
+            (late,) = await queued(batcher, [1], timeout_s=0.01)
+            with pytest.raises(DeadlineExceeded):
+                await late
+            device.gate.set()
+            await first
+        assert device.batches == [[0]]
+
+    run(test)
+
+
+def test_a_caller_that_left_is_dropped_before_its_batch_forms() -> None:
+    async def test() -> None:
+        device = Device()
+        async with running(device) as batcher:
+            first = await occupy(batcher, device)
+            gone, stays = await queued(batcher, [1, 2])
+            gone.cancel()
+            await asyncio.sleep(0)
+            device.gate.set()
+            await asyncio.gather(first, stays)
+        assert device.batches == [[0], [2]]
+
+    run(test)
+
+
+def test_a_caller_that_leaves_during_the_forward_pass_harms_nobody() -> None:
+    async def test() -> None:
+        device = Device()
+        async with running(device) as batcher:
+            first = await occupy(batcher, device)
+            first.cancel()
+            device.gate.set()
+            result = await batcher.submit(image(5), timeout_s=10)
+        assert int(result.logits[0]) == 5
+
+    run(test)
+
+
+def test_a_failed_forward_pass_is_told_to_its_batch_and_the_next_one_runs() -> None:
+    async def test() -> None:
+        device = Device()
+        async with running(device) as batcher:
+            device.broken = True
+            for outcome in await asyncio.gather(*await queued(batcher, [1, 2]), return_exceptions=True):
+                assert isinstance(outcome, RuntimeError)
+            device.broken = False
+            assert int((await batcher.submit(image(3), timeout_s=10)).logits[0]) == 3
+
+    run(test)
+
+
+def test_stopping_finishes_what_was_accepted_and_takes_no_more() -> None:
+    async def test() -> None:
+        device = Device()
+        async with running(device) as batcher:
+            first = await occupy(batcher, device)
+            rest = await queued(batcher, [1, 2])
+            stopping = asyncio.create_task(batcher.stop())
+            await asyncio.sleep(0)
+            assert not batcher.accepting
+            with pytest.raises(ShuttingDown):
+                await batcher.submit(image(3), timeout_s=10)
+            device.gate.set()
+            await asyncio.gather(first, *rest, stopping)
+        assert device.batches == [[0], [1, 2]]
+
+    run(test)
+
+
+def test_a_batcher_that_was_not_started_refuses() -> None:
+    async def test() -> None:
+        batcher = MicroBatcher(Device().run, max_batch=1, max_wait_ms=0, max_queue=1)
+        with pytest.raises(ShuttingDown):
+            await batcher.submit(image(1), timeout_s=1)
+
+    run(test)
+
+
+def test_the_device_is_never_used_twice_at_a_time() -> None:
+    async def test() -> None:
+        inside = 0
+
+        def forward(images: NDArray[np.uint8]) -> Outputs:
+            nonlocal inside
+            inside += 1
+            assert inside == 1
+            threading.Event().wait(0.001)
+            inside -= 1
+            return Outputs(np.zeros((len(images), 2), np.float32), np.zeros((len(images), 2, 1, 1), np.float32))
+
+        batcher = MicroBatcher(forward, max_batch=2, max_wait_ms=0, max_queue=200)
+        batcher.start()
+        waiting: list[Awaitable[Result]] = [batcher.submit(image(1), timeout_s=10) for _ in range(60)]
+        await asyncio.gather(*waiting)
+        await batcher.stop()
+
+    run(test)

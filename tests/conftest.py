@@ -1,0 +1,108 @@
+"""Shared by all tests: a published version with random weights, and images drawn from a seed."""
+
+import io
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from PIL import Image
+
+from app.model import store
+from app.model.architecture import IMAGENET_MEAN, IMAGENET_STD, LesionNet
+from app.model.manifest import Architecture, Gate, Manifest, OperatingPoint, Preprocessing, Split
+from training.drawn import draw_lesion
+
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = Path(os.environ.get("DERMLENS_DATA_DIR", ROOT.parent / "shared" / "data"))
+NAME = "asff-resnet50"
+
+needs_real_data = pytest.mark.skipif(
+    not (SHARED_DATA / "isic2020" / "train").is_dir(), reason=f"no real images in {SHARED_DATA} (see docs/training.md)"
+)
+
+
+def random_model(gate: Gate | None, *, seed: int = 0, **options: Any) -> LesionNet:
+    """A network in eval mode whose batch norm has non-trivial statistics."""
+    torch.manual_seed(seed)
+    model = LesionNet(gate=gate, stride_variant=options.pop("stride_variant", "v1"), **options)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.8, 1.2)
+            torch.nn.init.normal_(module.bias, std=0.1)
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.8, 1.2)
+    return model.eval()
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def lesion() -> bytes:
+    """A drawn lesion, 320×240 JPEG."""
+    return encode(draw_lesion(1, 3, size=(320, 240)), "JPEG", quality=92)
+
+
+def make_manifest(version: str = "1", **changes: Any) -> Manifest:
+    fields: dict[str, Any] = {
+        "schema_version": 1,
+        "name": NAME,
+        "version": version,
+        "created": datetime(2026, 1, 1, tzinfo=UTC),
+        "classes": ("benign", "malignant"),
+        "architecture": Architecture(backbone="resnet50", stride_variant="v1", gate="branch_softmax"),
+        "preprocessing": Preprocessing(size=224, resize="squash-bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        "temperature": 1.5,
+        "operating_points": {
+            "balanced": OperatingPoint(threshold=0.4, fitted_on="nothing"),
+            "sensitivity-95": OperatingPoint(threshold=0.0, fitted_on="nothing"),
+            "specificity-95": OperatingPoint(threshold=1.0, fitted_on="nothing"),
+        },
+        "metrics": {},
+        "split": Split(
+            data="none", folds=2, held_out_fold=0, training_images=0, held_out_images=0, fingerprint="0" * 64
+        ),
+        "training_config": {},
+        "git_commit": "none",
+        "licence": "Apache-2.0",
+        "files": {},
+    }
+    return Manifest(**(fields | changes))
+
+
+@pytest.fixture(scope="session")
+def random_weights() -> bytes:
+    state = random_model("branch_softmax").state_dict()
+    arrays = {k: v.numpy() for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    return safetensors.numpy.save({k: v.astype(np.float16) if v.ndim > 1 else v for k, v in arrays.items()})
+
+
+@pytest.fixture(scope="session")
+def model_store(tmp_path_factory: pytest.TempPathFactory, random_weights: bytes) -> Path:
+    """A store whose current version 1 has random weights; read it only."""
+    root = tmp_path_factory.mktemp("model_store")
+    store.publish(root, make_manifest(), {store.WEIGHTS: random_weights, "MODEL_CARD.md": b"# card\n"})
+    store.promote(root, NAME, "1")
+    return root
+
+
+@pytest.fixture
+def small_store(tmp_path: Path) -> Callable[..., Path]:
+    """Publishes tiny versions into a store of the test's own: `small_store("1", "2")`."""
+
+    def publish(*versions: str) -> Path:
+        for version in versions:
+            weights = safetensors.numpy.save({"w": np.full(4, float(version), dtype=np.float32)})
+            store.publish(tmp_path, make_manifest(version), {store.WEIGHTS: weights, "report/a.txt": b"a"})
+        return tmp_path
+
+    return publish

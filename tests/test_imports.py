@@ -1,0 +1,64 @@
+"""The arrows of ../shared/DESIGN.md, section 2, each in a fresh interpreter."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+WEB = {"fastapi", "starlette", "uvicorn"}
+
+
+def loaded_by(module: str) -> set[str]:
+    code = f"import {module}, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("module", "never"),
+    [
+        ("training.train", {*WEB, "app.main", "app.api", "app.batcher", "app.settings"}),
+        ("training.export", {*WEB, "app.main", "app.engines"}),
+        ("app.model.store", {*WEB, "torch", "app.engines", "training"}),
+        ("app.model.preprocess", {*WEB, "torch", "app.engines", "training"}),
+        ("app.model.overlay", {*WEB, "torch", "app.engines", "training"}),
+        ("app.model.architecture", {*WEB, "app.engines", "training"}),
+        ("app.batcher", {*WEB, "torch", "PIL", "pydantic", "app.model", "training"}),
+        ("app.engines.base", {*WEB, "torch", "training"}),
+        ("app.engines.torch_engine", {*WEB, "training"}),
+        ("app.api", {"torch", "app.settings", "app.model.store", "training"}),
+        ("app.main", {"torch", "training"}),
+        ("app.cli", {"torch", "training"}),
+    ],
+)
+def test_a_module_does_not_pull_in_what_it_must_not(module: str, never: set[str]) -> None:
+    assert not loaded_by(module) & never
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "app").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_torch_stays_in_two_files_and_app_never_knows_training(path: Path) -> None:
+    allowed = path.name in ("architecture.py", "torch_engine.py")
+    assert allowed or not imports(path) & {"torch", "torchvision"}
+    assert not imports(path) & {"training", "tests", "benchmarks", "pickle"}
+
+
+def test_nothing_is_unpickled() -> None:
+    for folder in ("app", "training"):
+        for path in (ROOT / folder).rglob("*.py"):
+            source = path.read_text()
+            assert "torch.load(" not in source, path
+            assert "allow_pickle=True" not in source, path
