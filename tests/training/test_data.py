@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from app.model.preprocess import decode
+from tests.conftest import encode, needs_real_data
+from training.config import Data
+from training.data import Dataset, assign_folds, load_dataset, near_duplicates
+from training.drawn import draw_lesion
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two classes of twelve files, each with a turned twin of its first image."""
+    for kind, name in enumerate(("benign", "malignant")):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(12):
+            draw_lesion(kind, number).save(tmp_path / "set" / name / f"{number:02d}.png")
+        twin = draw_lesion(kind, 0).transpose(Image.Transpose.ROTATE_90).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        twin.save(tmp_path / "set" / name / "99.png")
+    monkeypatch.setenv("DERMLENS_DATA_DIR", str(tmp_path))
+    return tmp_path / "set"
+
+
+def load(**options: object) -> Dataset:
+    return load_dataset(Data(root="set", folds=3, **options), seed=1, progress=False)  # type: ignore[arg-type]
+
+
+def test_images_are_decoded_as_serving_decodes_them(folder: Path) -> None:
+    dataset = load()
+    assert dataset.names[0] == "benign/00.png"
+    assert np.array_equal(dataset.images[0].numpy(), decode((folder / "benign" / "00.png").read_bytes()).pixels)
+    assert dataset.labels.tolist() == [0] * 13 + [1] * 13
+
+
+@pytest.mark.usefixtures("folder")
+def test_turned_twins_share_a_fold_and_every_fold_has_both_classes() -> None:
+    dataset = load()
+    for first, twin in ((0, 12), (13, 25)):
+        assert dataset.folds[first] == dataset.folds[twin]
+    for fold in range(3):
+        training, held_out = dataset.split(fold)
+        assert sorted([*training, *held_out]) == list(range(26))
+        assert set(dataset.labels[held_out].tolist()) == {0, 1}
+
+
+def test_the_fingerprint_changes_with_one_byte_and_not_otherwise(folder: Path) -> None:
+    before = load().fingerprint
+    assert load().fingerprint == before
+    draw_lesion(0, 77).save(folder / "benign" / "05.png")
+    assert load().fingerprint != before
+
+
+def test_only_real_duplicates_are_grouped() -> None:
+    images = [draw_lesion(k, n) for k in (0, 1) for n in range(5)]
+    brighter = images[3].point(lambda v: min(255, int(v * 1.1)))
+    stack = torch.stack([torch.from_numpy(decode(encode(i)).pixels) for i in [*images, brighter]])
+    groups = near_duplicates(stack)
+    assert groups[3] == groups[10]
+    assert len(set(groups.tolist())) == 10
+
+
+@pytest.mark.parametrize(
+    ("classes", "says"), [(["benign", "mole"], "no folder"), (["benign", "empty"], "holds no JPEG")]
+)
+def test_a_missing_or_empty_folder_is_named(folder: Path, classes: list[str], says: str) -> None:
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match=says):
+        load(classes=classes)
+
+
+def test_a_damaged_image_is_named(folder: Path) -> None:
+    (folder / "benign" / "03.png").write_bytes(b"oops")
+    with pytest.raises(ValueError, match=r"benign/03\.png: the upload is not an image"):
+        load()
+
+
+@needs_real_data
+def test_real_folds_keep_near_duplicates_together() -> None:
+    dataset = load_dataset(Data(root="isic2020/train"), seed=42, progress=False)
+    assert len(dataset.images) == 2637
+    groups = near_duplicates(dataset.images)
+    for group in set(groups.tolist()):
+        assert len(set(dataset.folds[groups == group].tolist())) == 1
+    assert 2500 < len(set(groups.tolist())) < 2637
+    again = assign_folds(dataset.images, dataset.labels.numpy(), folds=5, seed=42)
+    assert np.array_equal(again, dataset.folds)
