@@ -1,0 +1,197 @@
+"""Training from a config to weights: exact resume, equal gradients over processes, and the smoke run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel
+
+from tests.conftest import ROOT
+from training.backbones import build
+from training.config import Config, load_config
+from training.data import load_dataset
+from training.distributed import World
+from training.train import (
+    CHECKPOINT,
+    parameter_groups,
+    schedule,
+    set_trainable,
+    stopped_early,
+    train,
+    train_epoch,
+)
+
+SMOKE = ROOT / "training" / "configs" / "smoke.toml"
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+
+
+def short(**optimisation: object) -> Config:
+    """The smoke config at its smallest: two epochs of 32 pixels in two phases."""
+    config = load_config(SMOKE)
+    phases = [phase.model_copy(update={"epochs": 1, "size": 32}) for phase in config.phases]
+    changes = {"phases": phases, "optimisation": config.optimisation.model_copy(update=optimisation)}
+    return config.model_copy(update=changes)
+
+
+def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    config = short()
+    train(config, tmp_path / "whole", ALONE)
+    train(config, tmp_path / "parts", ALONE, until_epoch=1)
+    assert len((tmp_path / "parts" / "metrics.csv").read_text().splitlines()) == 2
+    train(config, tmp_path / "parts", ALONE)
+    whole, parts = (load_file(tmp_path / name / CHECKPOINT) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert len((tmp_path / "parts" / "metrics.csv").read_text().splitlines()) == 3
+    assert list((tmp_path / "parts" / "tensorboard").iterdir())
+
+
+def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
+    train(short(), tmp_path, ALONE, until_epoch=1)
+    with pytest.raises(ValueError, match="another config: give another --run-dir"):
+        train(short(weight_decay=0.5), tmp_path, ALONE)
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lower optimisation\.batch_size"):
+        train(short(batch_size=1000), tmp_path, ALONE)
+
+
+WORKER = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from tests.training.test_train import one_step
+from training.distributed import world
+torch.set_num_threads(1)
+with world() as processes:
+    state = one_step(processes)
+    if processes.main:
+        save_file(state, sys.argv[1])
+"""
+
+
+def one_step(world: World) -> dict[str, torch.Tensor]:
+    """Gradients that one global batch of 7 images leaves, as read from plain SGD without decay."""
+    config = short(batch_size=7)
+    dataset = load_dataset(config.data, seed=config.seed, progress=False)
+    training = dataset.split(0)[0][:7]
+    model = build(config.model, classes=2, seed=1, images=dataset.images[training])
+    before = {k: v.clone() for k, v in model.named_parameters()}
+    optimizer = torch.optim.SGD(parameter_groups(model, config.optimisation), lr=1.0)
+    for group in optimizer.param_groups:
+        group["peak_lr"] = 1.0
+    ema = AveragedModel(model)
+    train_epoch(config, 0, dataset, training, model=model, ema=ema, optimizer=optimizer, world=world)
+    return {k: (before[k] - v).detach().contiguous() for k, v in model.named_parameters()}
+
+
+def test_two_processes_take_the_step_that_one_takes(tmp_path: Path) -> None:
+    """7 images over 2 processes: 4 and 3, so the shares are uneven too."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "worker.py"), str(tmp_path / "two.safetensors")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two, one = load_file(tmp_path / "two.safetensors"), one_step(ALONE)
+    assert two.keys() == one.keys()
+    total = sum(float(v.square().sum()) for v in one.values()) ** 0.5
+    apart = sum(float((two[k] - one[k]).square().sum()) for k in one) ** 0.5
+    assert total > 0
+    assert apart < 1e-4 * total
+
+
+def test_the_schedule_warms_up_in_each_phase_and_ends_at_nought() -> None:
+    assert schedule(0.0, step_in_phase=0, warmup_steps=9) == pytest.approx(0.1)
+    assert schedule(0.0, step_in_phase=9, warmup_steps=9) == pytest.approx(1.0)
+    assert schedule(0.5, step_in_phase=100, warmup_steps=9) == pytest.approx(0.5)
+    assert schedule(1.0, step_in_phase=100, warmup_steps=9) == pytest.approx(0.0)
+
+
+def test_learning_rates_fall_with_depth_and_vectors_do_not_decay() -> None:
+    config = load_config(ROOT / "training" / "configs" / "full.toml")
+    dataset_images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    model = build(config.model.model_copy(update={"start": "random"}), classes=2, seed=1, images=dataset_images)
+    found = {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in parameter_groups(model, config.optimisation)
+        for p in group["params"]
+    }
+    names = {name: found[id(p)] for name, p in model.named_parameters()}
+    assert len(found) == len(names)
+    assert names["head.fc1.weight"] == (1e-3, 0.05)
+    assert names["fusion.project.bias"] == (1e-3, 0.0)
+    assert names["trunk.layer4.0.conv1.weight"] == pytest.approx((3e-4, 0.05))
+    assert names["trunk.layer2.0.conv1.weight"] == pytest.approx((3e-4 * 0.7**2, 0.05))
+    assert names["trunk.bn1.weight"] == pytest.approx((3e-4 * 0.7**4, 0.0))
+    phase = config.phases[1]
+    set_trainable(model, phase, batch_norm="frozen")
+    assert {n.split(".")[1] for n, p in model.trunk.named_parameters(prefix="t") if not p.requires_grad} == {
+        "conv1",
+        "bn1",
+        "layer1",
+    }
+    assert not any(m.training for m in model.modules())
+
+
+def test_early_stop_waits_for_its_patience() -> None:
+    def rows(*losses: float) -> list[dict[str, float]]:
+        return [{"held_out_log_loss": loss} for loss in losses]
+
+    assert not stopped_early([], 2)
+    assert not stopped_early(rows(3, 2, 2.5), 2)
+    assert stopped_early(rows(3, 2, 2.5, 2.1), 2)
+    assert not stopped_early(rows(3, 2, 2.5, 1.9), 2)
+
+
+def test_the_smoke_run_goes_from_training_to_an_http_answer(tmp_path: Path) -> None:
+    """The whole product on drawn images: train, publish, serve, and agree with evaluate."""
+    from fastapi.testclient import TestClient
+
+    from app.main import create_app
+    from app.settings import Settings
+    from training.drawn import draw_dataset
+    from training.evaluate import main as evaluate
+    from training.export import main as export
+    from training.train import main as train_main
+
+    train_main(["--config", str(SMOKE), "--run-dir", str(tmp_path / "run")])
+    export(["--run", str(tmp_path / "run"), "--store", str(tmp_path / "store"), "--promote"])
+    evaluate(["--store", str(tmp_path / "store"), "--csv", str(tmp_path / "held_out.csv")])
+    version = tmp_path / "store" / "asff-resnet50" / "1"
+    manifest = json.loads((version / "manifest.json").read_text())
+    assert manifest["metrics"]["roc_auc"]["value"] > 0.9
+    assert set(manifest["operating_points"]) == {"balanced", "sensitivity-95", "specificity-95"}
+    card = (version / "MODEL_CARD.md").read_text()
+    assert f"| roc_auc | {manifest['metrics']['roc_auc']['value']:.4f} |" in card
+    assert (version / "report" / "held_out.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="published versions never change"):
+        export(["--run", str(tmp_path / "run"), "--store", str(tmp_path / "store"), "--version", "1"])
+
+    files = {name: data for name, _, data in draw_dataset(["benign", "malignant"])}
+    rows = [line.split(",") for line in (tmp_path / "held_out.csv").read_text().splitlines()[1:]]
+    assert len(rows) == manifest["split"]["held_out_images"] == 20
+    with TestClient(create_app(Settings(model_store=tmp_path / "store"))) as client:
+        for name, _, _, probability in rows:
+            answer = client.post("/predict", content=files[name], headers={"content-type": "image/png"}).json()
+            assert answer["probabilities"]["malignant"] == pytest.approx(float(probability), abs=1e-3)
+            assert answer["model"]["version"] == "1"
+
+
+def test_export_says_what_to_do_without_a_run(tmp_path: Path) -> None:
+    from training.export import main as export
+
+    with pytest.raises(SystemExit, match="train first"):
+        export(["--run", str(tmp_path), "--store", str(tmp_path)])
