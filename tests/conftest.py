@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from fastapi.testclient import TestClient
 from PIL import Image
 
+from app.main import create_app
 from app.model import store
 from app.model.architecture import IMAGENET_MEAN, IMAGENET_STD, LesionNet
 from app.model.manifest import Architecture, Gate, Manifest, OperatingPoint, Preprocessing, Split
+from app.settings import Settings
 from training.drawn import draw_lesion
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +38,8 @@ def random_model(gate: Gate | None, *, seed: int = 0, **options: Any) -> LesionN
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.8, 1.2)
             torch.nn.init.normal_(module.bias, std=0.1)
+            assert module.running_mean is not None
+            assert module.running_var is not None
             torch.nn.init.normal_(module.running_mean, std=0.1)
             torch.nn.init.uniform_(module.running_var, 0.8, 1.2)
     return model.eval()
@@ -106,3 +111,12 @@ def small_store(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path
 
     return publish
+
+
+@pytest.fixture(scope="session")
+def client(model_store: Path) -> Iterator[TestClient]:
+    settings = Settings(
+        model_store=model_store, engine="torch", max_batch=4, max_upload_bytes=2_000_000, max_batch_files=4
+    )
+    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+        yield client

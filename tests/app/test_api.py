@@ -123,7 +123,7 @@ def test_explain_styles(client: TestClient, lesion: bytes, style: str, width: in
 @pytest.mark.parametrize("query", ["target=mole", "style=cubist", "alpha=2", "alpha=x", "alpha=nan"])
 def test_a_bad_parameter_is_named(client: TestClient, lesion: bytes, query: str) -> None:
     problem = check_problem(client.post(f"/explain?{query}", content=lesion, headers=JPEG), 422, "invalid-parameter")
-    assert query.split("=")[0] in problem["detail"]
+    assert query.split("=", maxsplit=1)[0] in problem["detail"]
 
 
 ANIMATED = encode(draw_lesion(0, 1), "WEBP", save_all=True, append_images=[draw_lesion(0, 2)])
@@ -242,7 +242,7 @@ def test_models_lists_the_versions_and_marks_the_served_one(client: TestClient) 
 
 def test_request_ids_are_taken_over_only_where_they_are_plain(client: TestClient) -> None:
     assert client.get("/livez", headers={"x-request-id": "abc-1.2_3"}).headers["x-request-id"] == "abc-1.2_3"
-    for bad in ("a b", "x" * 65, "é".encode(), "<script>"):
+    for bad in ("a b", "x" * 65, "a/b", "<script>"):
         made = client.get("/livez", headers={"x-request-id": bad}).headers["x-request-id"]
         assert re.fullmatch(r"[0-9A-HJKMNP-TV-Z]{26}", made)
     a, b = (client.get("/livez").headers["x-request-id"] for _ in range(2))

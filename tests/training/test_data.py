@@ -26,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def load(**options: object) -> Dataset:
-    return load_dataset(Data(root="set", folds=3, **options), seed=1, progress=False)  # type: ignore[arg-type]
+    return load_dataset(Data(root="set", folds=3, **options), seed=1, progress=False)
 
 
 def test_images_are_decoded_as_serving_decodes_them(folder: Path) -> None:
