@@ -146,19 +146,22 @@ class MicroBatcher:
         return batch
 
     async def _forward(self, batch: list[_Item]) -> None:
+        """Run a batch; whatever goes wrong is told to its callers, and never ends the loop."""
         started = time.monotonic()
-        images = np.stack([item.image for item in batch])
         try:
+            images = np.stack([item.image for item in batch])
             outputs = await asyncio.get_running_loop().run_in_executor(self._device, self._run, images)
+            seconds = time.monotonic() - started
+            results = [
+                Result(outputs.logits[row], outputs.cam[row], started - item.arrived, seconds, len(batch))
+                for row, item in enumerate(batch)
+            ]
         except Exception as error:
             for item in batch:
                 if not item.future.done():
                     item.future.set_exception(error)
             return
-        seconds = time.monotonic() - started
         self._seconds_per_image = 0.9 * self._seconds_per_image + 0.1 * seconds / len(batch)
-        for row, item in enumerate(batch):
+        for item, result in zip(batch, results, strict=True):
             if not item.future.done():  # the caller may have left during the forward pass
-                item.future.set_result(
-                    Result(outputs.logits[row], outputs.cam[row], started - item.arrived, seconds, len(batch))
-                )
+                item.future.set_result(result)

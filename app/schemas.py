@@ -22,7 +22,7 @@ class Decision(BaseModel):
     operating_point: str
     threshold: Probability
     positive: bool
-    refer: bool = Field(description="True where the model abstains and a person must decide.")
+    refer: bool = Field(description="The model abstains; always false for a version without an abstention rule.")
 
 
 class ImageFacts(BaseModel):

@@ -21,12 +21,12 @@ from app.model import store
 from app.model.architecture import IMAGENET_MEAN, IMAGENET_STD, from_version
 from app.model.manifest import Architecture, Manifest, OperatingPoint, Preprocessing, Split
 from training import calibrate
+from training.checkpoint import CHECKPOINT
 from training.config import Config
 from training.data import load_dataset
 from training.evaluate import all_metrics, predict_logits, with_intervals, write_predictions
 from training.model_card import model_card
 from training.plots import held_out_figure, history_figure
-from training.train import CHECKPOINT
 
 SIZE = 224  # pixels, what the service decodes to
 LICENCE = "Apache-2.0 (weights and code); trained on ISIC images, CC-0 and CC-BY-NC"

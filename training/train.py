@@ -5,10 +5,7 @@ torchrun --nproc-per-node=2 -m training.train --config training/configs/full.tom
 """
 
 import argparse
-import csv
-import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -17,8 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -28,6 +23,7 @@ from tqdm import tqdm
 from app.model.architecture import LesionNet
 from training.augment import UNIFORMS, augment
 from training.backbones import build
+from training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint, write_history
 from training.config import Config, Optimisation, Phase, load_config
 from training.data import Dataset, load_dataset
 from training.distributed import World, world
@@ -35,7 +31,6 @@ from training.evaluate import predict_logits
 
 STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4")
 RESTORE_IMAGES = 256  # training images that give a folded batch norm its statistics
-CHECKPOINT = "checkpoint.safetensors"
 
 
 def train(config: Config, run_dir: Path, world: World, *, until_epoch: int | None = None) -> None:
@@ -176,67 +171,6 @@ def stopped_early(history: list[dict[str, float]], patience: int) -> bool:
     """Whether the held-out log-loss has not improved for `patience` epochs."""
     losses = [row["held_out_log_loss"] for row in history]
     return bool(losses) and len(losses) - 1 - int(np.argmin(losses)) >= patience
-
-
-def save_checkpoint(
-    path: Path,
-    config: Config,
-    model: LesionNet,
-    ema: AveragedModel,
-    optimizer: torch.optim.Optimizer,
-    history: list[dict[str, float]],
-) -> None:
-    """One safetensors file, replaced atomically: weights, EMA and optimiser state, the rest in its header."""
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items()}
-    header = {"config": config.model_dump_json(), "history": json.dumps(history)}
-    partial = path.with_suffix(".partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=header)
-    os.replace(partial, path)
-
-
-def load_checkpoint(
-    path: Path, config: Config, model: LesionNet, ema: AveragedModel, optimizer: torch.optim.Optimizer
-) -> list[dict[str, float]]:
-    """Restore everything that `save_checkpoint` wrote; an absent file is an empty history.
-
-    Raises:
-        ValueError: the checkpoint belongs to another config.
-    """
-    if not path.exists():
-        return []
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-        if header["config"] != config.model_dump_json():
-            raise ValueError(f"{path} was made with another config: give another --run-dir, or delete it")
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
-        for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            part, name = key.split(".", 1)
-            parts[part][name] = file.get_tensor(key)
-    model.load_state_dict(parts["model"])
-    ema.load_state_dict(parts["ema"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in parts["optimizer"].items():
-        index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    history: list[dict[str, float]] = json.loads(header["history"])
-    return history
-
-
-def write_history(run_dir: Path, history: list[dict[str, float]]) -> None:
-    """metrics.csv, whole, and the last epoch to TensorBoard."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with (run_dir / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(history[-1]))
-        writer.writeheader()
-        writer.writerows(history)
-    with SummaryWriter(str(run_dir / "tensorboard"), purge_step=int(history[-1]["epoch"])) as board:
-        for name, value in history[-1].items():
-            board.add_scalar(name, value, int(history[-1]["epoch"]))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -65,7 +65,8 @@ def decode(data: bytes, *, size: int = 224, max_pixels: int = MAX_PIXELS, previe
     image = _open(data)
     width, height = image.size
     _check(image, data, max_pixels)
-    kind, mode = str(image.format), image.mode
+    # A phone writes a JPEG with a second picture (gain map, preview) behind the first: Pillow calls it MPO
+    kind, mode = "JPEG" if image.format == "MPO" else str(image.format), image.mode
     if kind == "JPEG":
         # libjpeg scales by 1/2, 1/4 or 1/8 inside the DCT: a 12-megapixel photograph costs a fraction of a full decode
         image.draft("RGB", (REDUCING_GAP * size, REDUCING_GAP * size))
@@ -107,14 +108,14 @@ def _open(data: bytes) -> Image.Image:
 
 def _check(image: Image.Image, data: bytes, max_pixels: int) -> None:
     width, height = image.size
-    if image.format not in FORMATS:
+    if image.format not in (*FORMATS, "MPO"):
         raise FormatNotServed(f"{image.format} is not served: convert the image to JPEG, PNG or WebP")
     if width * height > max_pixels:
         limit = max_pixels / 1e6
         raise ImageTooLarge(f"{width}×{height} is over the limit of {limit:g} megapixels: scale it down")
     if min(width, height) < MIN_SIDE:
         raise ImageTooSmall(f"{width}×{height} is too small to judge: each side needs {MIN_SIDE} pixels or more")
-    if getattr(image, "is_animated", False):
+    if image.format != "MPO" and getattr(image, "is_animated", False):
         raise FormatNotServed("animated images are not served: send one still frame")
     if image.mode == "CMYK":
         raise FormatNotServed("CMYK images are not served: convert to RGB, colour carries diagnostic weight")

@@ -180,6 +180,25 @@ def test_a_failed_forward_pass_is_told_to_its_batch_and_the_next_one_runs() -> N
     run(test)
 
 
+def test_an_engine_that_answers_too_few_rows_fails_its_batch_alone() -> None:
+    async def test() -> None:
+        device, broken = Device(), True
+
+        def forward(images: NDArray[np.uint8]) -> Outputs:
+            outputs = device.run(images)
+            return Outputs(outputs.logits[:0], outputs.cam[:0]) if broken else outputs
+
+        batcher = MicroBatcher(forward, max_batch=4, max_wait_ms=0, max_queue=4)
+        batcher.start()
+        with pytest.raises(IndexError):
+            await batcher.submit(image(1), timeout_s=10)
+        broken = False
+        assert int((await batcher.submit(image(2), timeout_s=10)).logits[0]) == 2
+        await batcher.stop()
+
+    run(test)
+
+
 def test_stopping_finishes_what_was_accepted_and_takes_no_more() -> None:
     async def test() -> None:
         device = Device()

@@ -13,11 +13,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from tests.conftest import ROOT
 from training.backbones import build
+from training.checkpoint import CHECKPOINT
 from training.config import Config, load_config
 from training.data import load_dataset
 from training.distributed import World
 from training.train import (
-    CHECKPOINT,
     parameter_groups,
     schedule,
     set_trainable,

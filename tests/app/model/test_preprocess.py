@@ -1,3 +1,4 @@
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -35,6 +36,16 @@ def test_each_served_format_decodes(kind: str) -> None:
     decoded = decode(encode(draw_lesion(1, 1, size=(300, 260)), kind))
     assert decoded.pixels.shape == (3, 224, 224)
     assert (decoded.width, decoded.height, decoded.format) == (300, 260, kind)
+
+
+def test_a_phones_jpeg_with_a_second_picture_is_its_first_picture() -> None:
+    first = draw_lesion(1, 1, size=(300, 260))
+    data = encode(first, "MPO", save_all=True, append_images=[draw_lesion(0, 2, size=(150, 130))])
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.format == "MPO"
+    decoded = decode(data)
+    assert (decoded.width, decoded.height, decoded.format) == (300, 260, "JPEG")
+    assert np.abs(decoded.pixels.astype(int) - decode(encode(first)).pixels.astype(int)).mean() < 3
 
 
 def test_a_scaled_jpeg_decode_stays_close_to_the_full_one() -> None:
