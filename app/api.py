@@ -5,7 +5,7 @@ import base64
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app.batcher import MicroBatcher, Result
-from app.errors import KINDS, InvalidParameter, problem_of
+from app.errors import KINDS, InvalidParameter, report
 from app.metrics import Metrics
 from app.model.labels import Judgement, judge
 from app.model.manifest import Manifest
@@ -133,9 +133,8 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
         async def one(index: int, data: bytes) -> BatchItem:
             try:
                 return BatchItem(index=index, prediction=Prediction(**fields(await see(data), request)))
-            except tuple(KINDS) as error:
-                problem = problem_of(error, request.scope["request_id"])
-                metrics.rejected.labels(reason=problem.type.rsplit(":", 1)[1]).inc()
+            except Exception as error:
+                problem = report(error, request.scope["request_id"], metrics)
                 return BatchItem(index=index, problem=problem)
 
         return list(await asyncio.gather(*(one(index, data) for index, data in enumerate(files))))
@@ -150,6 +149,7 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
         request: Request,
         target: Annotated[str, Query(description="`predicted` or a class name.")] = "predicted",
         style: Annotated[Style, Query()] = "overlay",
+        method: Annotated[Literal["gradcam"], Query()] = "gradcam",  # noqa: ARG001 - refuses what is not served
         alpha: Annotated[float, Query(ge=0, le=1, description="Opacity at the peak of the evidence.")] = 0.6,
         accept: Annotated[str, Header()] = "image/png",
     ) -> Response:

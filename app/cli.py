@@ -111,7 +111,11 @@ def _see(path: Path, model: OpenModel, settings: Settings) -> tuple[DecodedImage
 
 
 def _models(options: argparse.Namespace, settings: Settings) -> int:
-    served = store.current(settings.model_store, settings.model_name)
+    try:
+        served = store.current(settings.model_store, settings.model_name)
+    except store.VersionMissing:
+        served = None
+        sys.stderr.write("no version is current\n")
     for model in list_models(settings.model_store, settings.model_name, served):
         if options.json:
             print(model.model_dump_json())

@@ -1,11 +1,13 @@
 """Domain errors -> RFC 9457 problem+json, mapped once."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from app.batcher import DeadlineExceeded, QueueFull, ShuttingDown
@@ -27,6 +29,7 @@ class Kind(NamedTuple):
 
 KINDS: Mapping[type[Exception], Kind] = {
     NotAnImage: Kind(400, "not-an-image", "Not an image, or a damaged one"),
+    ClientDisconnect: Kind(400, "upload-broken-off", "The client left before its upload ended"),
     MalformedUpload: Kind(400, "malformed-upload", "The request body cannot be read"),
     BodyTooLarge: Kind(413, "body-too-large", "The upload has too many bytes"),
     ImageTooLarge: Kind(413, "image-too-large", "The image has too many pixels"),
@@ -38,6 +41,7 @@ KINDS: Mapping[type[Exception], Kind] = {
     ShuttingDown: Kind(503, "not-ready", "The server is not ready"),
     DeadlineExceeded: Kind(504, "deadline-exceeded", "The deadline passed"),
 }
+LOG = logging.getLogger("uvicorn.error")  # the server's own log
 INTERNAL = Kind(500, "internal-error", "The server failed")
 
 
@@ -46,6 +50,15 @@ def problem_of(error: Exception, request_id: str) -> Problem:
     kind = KINDS.get(type(error), INTERNAL)
     detail = "see the server's log for this request id" if kind is INTERNAL else str(error)
     return _problem(kind, detail, request_id)
+
+
+def report(error: Exception, request_id: str, metrics: Metrics) -> Problem:
+    """The problem of an error, counted by its kind, and logged with its traceback where it is ours."""
+    problem = problem_of(error, request_id)
+    metrics.rejected.labels(reason=problem.type.rsplit(":", 1)[1]).inc()
+    if problem.status == INTERNAL.status:
+        LOG.error("request %s failed", request_id, exc_info=error)
+    return problem
 
 
 def _problem(kind: Kind, detail: str, request_id: str) -> Problem:
@@ -71,8 +84,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         return str(request.scope["request_id"])
 
     async def known(request: Request, error: Exception) -> JSONResponse:
-        problem = problem_of(error, request_id(request))
-        metrics.rejected.labels(reason=problem.type.rsplit(":", 1)[1]).inc()
+        problem = report(error, request_id(request), metrics)
         retry = {"Retry-After": str(error.retry_after_s)} if isinstance(error, QueueFull) else None
         if isinstance(error, ShuttingDown):
             retry = {"Retry-After": "1"}

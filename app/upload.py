@@ -75,7 +75,7 @@ async def _bounded(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
     """The body as it arrives; refuses on the announced length, or as soon as it proves longer than `limit`."""
     message = f"the body is over the limit of {limit} bytes: scale the image down"
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit:
+    if announced.isdecimal() and (len(announced) > 18 or int(announced) > limit):
         raise BodyTooLarge(message)
     received = 0
     async for chunk in request.stream():

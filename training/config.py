@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from app.model.manifest import Gate, StrideVariant
 
@@ -74,6 +74,12 @@ class Config(Section):
     optimisation: Optimisation
     augmentation: Augmentation
     phases: list[Phase] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _fold_exists(self) -> "Config":
+        if self.data.held_out_fold >= self.data.folds:
+            raise ValueError(f"data.held_out_fold is {self.data.held_out_fold} of {self.data.folds} folds, from 0")
+        return self
 
     @property
     def epochs(self) -> int:

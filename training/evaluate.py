@@ -130,6 +130,8 @@ def evaluate(root: Path, name: str, version: str | None, csv_path: Path | None) 
     Raises:
         StoreError, or ValueError where the data is absent or not what the version was trained on.
     """
+    from training.calibrate import cross_fitted  # which imports this module
+
     loaded = store.load(root, name, version or store.current(root, name))
     manifest = loaded.manifest
     config = Config.model_validate(manifest.training_config)
@@ -142,9 +144,8 @@ def evaluate(root: Path, name: str, version: str | None, csv_path: Path | None) 
     logits = predict_logits(model, dataset.images[held_out], size=size, device=torch.device("cpu")).numpy()
     labels = dataset.labels[held_out].numpy()
     probabilities = calibrate(logits, manifest.temperature)[:, 1]
-    positive = probabilities >= manifest.operating_points["balanced"].threshold
-    print(f"{name} {manifest.version} on {len(labels)} held-out images, temperature and threshold as published")
-    for key, metric in with_intervals(all_metrics, labels, probabilities, positive).items():
+    print(f"{name} {manifest.version} on {len(labels)} held-out images, temperature and threshold cross-fitted")
+    for key, metric in with_intervals(all_metrics, labels, *cross_fitted(labels, logits)).items():
         print(f"{key:12} {metric.value:.4f}  95% {metric.low:.4f} to {metric.high:.4f}")
     if csv_path:
         names = [dataset.names[i] for i in held_out]

@@ -27,6 +27,7 @@ from training.data import load_dataset
 from training.evaluate import all_metrics, predict_logits, with_intervals, write_predictions
 from training.model_card import model_card
 from training.plots import held_out_figure, history_figure
+from training.train import stopped_early
 
 SIZE = 224  # pixels, what the service decodes to
 LICENCE = "Apache-2.0 (weights and code); trained on ISIC images, CC-0 and CC-BY-NC"
@@ -71,6 +72,10 @@ def export(run_dir: Path, root: Path, *, name: str, version: str) -> Path:
     """
     run = read_run(run_dir)
     config = run.config
+    if len(run.history) < config.epochs and not stopped_early(run.history, config.optimisation.patience):
+        raise ValueError(
+            f"{run_dir} has {len(run.history)} of {config.epochs} epochs: run the same training command again"
+        )
     if len(config.data.classes) != 2:
         raise ValueError("export calibrates a decision between two classes; this run has another number")
     dataset = load_dataset(config.data, seed=config.seed)

@@ -1,12 +1,11 @@
 """Bytes -> checked RGB image -> uint8 tensor. Training and serving decode through this one function."""
 
 import io
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 64_000_000  # unless the caller says otherwise
@@ -14,6 +13,18 @@ MIN_SIDE = 16  # below this there is nothing to look at
 LOW_RESOLUTION_SIDE = 200  # the training images have 224
 MAX_ASPECT = 2.5  # dermoscopes give at most 16:9; squashing more than this distorts the lesion
 REDUCING_GAP = 2  # decode a JPEG at no less than twice the target, so that the last resize still filters
+
+# What undoes each EXIF orientation (EXIF 2.3, tag 0x0112)
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
 
 
 class ImageError(ValueError):
@@ -72,13 +83,13 @@ def decode(data: bytes, *, size: int = 224, max_pixels: int = MAX_PIXELS, previe
         image.draft("RGB", (REDUCING_GAP * size, REDUCING_GAP * size))
     try:
         image.load()
-        upright = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, MemoryError, OverflowError, EOFError) as error:
         raise NotAnImage(f"the {kind} file is truncated or damaged: export it again") from error
-    if width != height and upright.size[0] * height != upright.size[1] * width:
-        turned = (upright.size[0] > upright.size[1]) != (width > height)
-        width, height = (height, width) if turned else (width, height)
-    rgb = upright.convert("RGB")
+    turn = TURNS.get(_orientation(image))
+    upright = image if turn is None else image.transpose(turn)
+    if turn in SIDEWAYS:
+        width, height = height, width
+    rgb = upright if upright.mode == "RGB" else upright.convert("RGB")
     square = rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BILINEAR)
     pixels = np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
     if max(rgb.size) > preview_side:
@@ -91,6 +102,14 @@ def decode(data: bytes, *, size: int = 224, max_pixels: int = MAX_PIXELS, previe
         format=kind,
         warnings=_warnings(mode, width, height),
     )
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8; whatever else the EXIF holds is never parsed, and broken EXIF is no broken image."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # Pillow's EXIF reader raises struct.error, TypeError, AttributeError and more on odd tags
+        return 1
 
 
 def _open(data: bytes) -> Image.Image:
@@ -133,7 +152,5 @@ def _warnings(mode: str, width: int, height: int) -> tuple[str, ...]:
     if min(width, height) < LOW_RESOLUTION_SIDE:
         found.append(f"low resolution: the shorter side has {min(width, height)} pixels, 224 or more is better")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        found.append(
-            f"extreme aspect ratio {max(width, height) / math.floor(min(width, height)):.1f}:1: crop to the lesion"
-        )
+        found.append(f"extreme aspect ratio {max(width, height) / min(width, height):.1f}:1: crop to the lesion")
     return tuple(found)

@@ -165,7 +165,7 @@ def promote(root: Path, name: str, version: str) -> None:
     Raises:
         VersionMissing, VersionDamaged: and `current` stays as it was.
     """
-    verify(root, name, version)
+    load(root, name, version)
     partial = root / name / ".current.partial"
     _write_synced(partial, f"{version}\n".encode())
     os.replace(partial, root / name / "current")

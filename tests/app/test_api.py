@@ -120,7 +120,9 @@ def test_explain_styles(client: TestClient, lesion: bytes, style: str, width: in
     assert Image.open(io.BytesIO(answer.content)).size == (width, 240)
 
 
-@pytest.mark.parametrize("query", ["target=mole", "style=cubist", "alpha=2", "alpha=x", "alpha=nan"])
+@pytest.mark.parametrize(
+    "query", ["target=mole", "method=occlusion", "style=cubist", "alpha=2", "alpha=x", "alpha=nan"]
+)
 def test_a_bad_parameter_is_named(client: TestClient, lesion: bytes, query: str) -> None:
     problem = check_problem(client.post(f"/explain?{query}", content=lesion, headers=JPEG), 422, "invalid-parameter")
     assert query.split("=", maxsplit=1)[0] in problem["detail"]
@@ -270,7 +272,7 @@ def test_metrics_count_what_happened(client: TestClient, lesion: bytes) -> None:
 
 
 def test_a_failing_engine_is_a_500_that_tells_nothing_of_itself(
-    model_store: Path, lesion: bytes, monkeypatch: pytest.MonkeyPatch
+    model_store: Path, lesion: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = create_app(Settings(model_store=model_store))
     with TestClient(app, raise_server_exceptions=False) as client:
@@ -281,6 +283,9 @@ def test_a_failing_engine_is_a_500_that_tells_nothing_of_itself(
         monkeypatch.setattr("app.engines.torch_engine.torch.from_numpy", fail)
         problem = check_problem(client.post("/predict", content=lesion, headers=JPEG), 500, "internal-error")
         assert "secret" not in str(problem)
+        assert problem["request_id"] in caplog.text
+        items = client.post("/predict/batch", files=[("files", ("a", d, "image/jpeg")) for d in (lesion, b"x")]).json()
+        assert [item["problem"]["status"] for item in items] == [500, 400]
         monkeypatch.undo()
         assert client.post("/predict", content=lesion, headers=JPEG).status_code == 200
 

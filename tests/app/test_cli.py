@@ -5,7 +5,9 @@ import pytest
 from PIL import Image
 
 from app.cli import main
+from app.model import store
 from app.model.labels import NOTICE
+from tests.conftest import make_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +81,17 @@ def test_models_marks_the_served_version(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out.startswith("* asff-resnet50 1")
     assert run("models", "--json") == 0
     assert json.loads(capsys.readouterr().out)["manifest"]["version"] == "1"
+
+
+def test_models_lists_versions_where_none_is_current(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, random_weights: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.publish(tmp_path, make_manifest("3"), {store.WEIGHTS: random_weights})
+    monkeypatch.setenv("DERMLENS_MODEL_STORE", str(tmp_path))
+    assert run("models") == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("  asff-resnet50 3")
+    assert "no version is current" in err
 
 
 @pytest.mark.parametrize(

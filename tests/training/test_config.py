@@ -30,6 +30,7 @@ def test_phases_follow_each_other() -> None:
         ("batch_size = 10", "batch_size = 0", "optimisation.batch_size"),
         ("seed = 7", "sed = 7", "seed"),
         ('gate = "branch_softmax"', 'gate = "none at all"', "model.gate"),
+        ("held_out_fold = 0", "held_out_fold = 4", "4 of 4 folds"),
         ("size = 64", "size = 65", "phases.0.size"),
         ("seed = 7", "seed =", "not TOML"),
     ],

@@ -190,6 +190,14 @@ def test_the_smoke_run_goes_from_training_to_an_http_answer(tmp_path: Path) -> N
             assert answer["model"]["version"] == "1"
 
 
+def test_export_refuses_an_unfinished_run(tmp_path: Path) -> None:
+    from training.export import main as export
+
+    train(short(), tmp_path / "run", ALONE, until_epoch=1)
+    with pytest.raises(SystemExit, match="has 1 of 2 epochs"):
+        export(["--run", str(tmp_path / "run"), "--store", str(tmp_path)])
+
+
 def test_export_says_what_to_do_without_a_run(tmp_path: Path) -> None:
     from training.export import main as export
 

@@ -58,7 +58,7 @@ def test_a_scaled_jpeg_decode_stays_close_to_the_full_one() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("size", [(300, 200), (1800, 1200), (240, 240)])
+@pytest.mark.parametrize("size", [(300, 200), (1800, 1200), (240, 240), (2003, 2001)])
 def test_exif_orientation_is_undone(orientation: int, size: tuple[int, int]) -> None:
     upright = draw_lesion(1, 7, size=size)
     undo = {
@@ -80,6 +80,15 @@ def test_exif_orientation_is_undone(orientation: int, size: tuple[int, int]) -> 
     assert decoded.preview.size[0] * size[1] == pytest.approx(decoded.preview.size[1] * size[0], rel=0.02)
     expected = decode(encode(upright, "JPEG", quality=98)).pixels.astype(int)
     assert np.abs(decoded.pixels.astype(int) - expected).mean() < 2
+
+
+@pytest.mark.parametrize("tag", [0x0100, 0x011A], ids=["width", "resolution"])
+def test_odd_exif_beside_the_orientation_harms_nothing(tag: int) -> None:
+    entries = [(tag, 2, 4, b"abc\0"), (0x0112, 3, 1, struct.pack("<HH", 6, 0))]  # text where a number belongs
+    table = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in sorted(entries))
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + table + struct.pack("<I", 0)
+    decoded = decode(encode(draw_lesion(1, 2, size=(300, 200)), "JPEG", exif=exif))
+    assert (decoded.width, decoded.height) == (200, 300)
 
 
 def test_the_preview_keeps_the_aspect_ratio_within_its_bound() -> None:

@@ -102,6 +102,14 @@ def test_promote_changes_current_and_a_bad_version_leaves_it(small_store: Publis
     assert store.current(root, NAME) == "2"
 
 
+def test_promote_refuses_what_could_not_be_loaded(small_store: Publish) -> None:
+    root = small_store("1")
+    store.publish(root, make_manifest("2"), {store.WEIGHTS: b"no safetensors"})
+    with pytest.raises(VersionDamaged):
+        store.promote(root, NAME, "2")
+    assert not (root / NAME / "current").exists()
+
+
 def test_a_publish_that_dies_leaves_no_version(small_store: Publish, monkeypatch: pytest.MonkeyPatch) -> None:
     root = small_store("1")
 
