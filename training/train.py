@@ -61,8 +61,8 @@ def train(config: Config, run_dir: Path, world: World, *, until_epoch: int | Non
         phase, _ = config.phase_of(epoch)
         loss = train_epoch(config, epoch, dataset, training, model=model, ema=ema, optimizer=optimizer, world=world)
         logits = predict_logits(ema.module, dataset.images[held_out], size=phase.size, device=world.device)
-        row = held_out_row(dataset.labels[held_out], logits)
-        row = {"epoch": epoch + 1, "size": phase.size, "train_loss": loss, **row}
+        row = {"epoch": epoch + 1, "size": phase.size, "train_loss": loss}
+        row |= held_out_row(dataset.labels[held_out], logits)
         history.append(row | {"seconds": time.perf_counter() - started})
         if world.main:
             save_checkpoint(run_dir / CHECKPOINT, config, model, ema, optimizer, history)
