@@ -1,10 +1,11 @@
 # make serve   environment, install, server on :8000 with the bundled model
 # make test    the same environment, then the suite
+# make report  the served version's report again, from the CSV files it carries
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup serve test check
+.PHONY: setup serve test check report
 
 setup: $(INSTALLED)
 
@@ -21,6 +22,9 @@ serve: setup
 
 test: setup
 	$(VENV)/bin/pytest
+
+report: setup
+	$(VENV)/bin/python -m training.report
 
 check: setup
 	$(VENV)/bin/ruff format --check .

@@ -5,19 +5,21 @@ import base64
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
+import numpy as np
 from anyio import CapacityLimiter, to_thread
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
+from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app.batcher import MicroBatcher, Result
-from app.errors import KINDS, InvalidParameter, report
+from app.errors import KINDS, report
 from app.metrics import Metrics
-from app.model.labels import Judgement, judge
+from app.model.labels import PREDICTED, Judgement, check_choices, judge
 from app.model.manifest import Manifest
-from app.model.overlay import Overlay, Style, render
+from app.model.overlay import Method, MethodNotServed, Overlay, Style, aim, render
 from app.model.preprocess import DecodedImage, decode
 from app.schemas import (
     BatchItem,
@@ -39,20 +41,36 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
+class Attribute(Protocol):
+    """`app.engines.base.Attributing.attribute`."""
+
+    def __call__(self, image: NDArray[np.uint8], method: Method, *, target: int) -> NDArray[np.float32]: ...
+
+
 @dataclass(frozen=True)
 class Service:
     """What the routes need, built once in `main`."""
 
     batcher: MicroBatcher
+    attribute: Attribute | None  # for the device thread alone; None: the engine has Grad-CAM only
     manifest: Manifest
     metrics: Metrics
     list_models: Callable[[], list[ModelInfo]]
     workers: CapacityLimiter  # threads that decode and draw
     operating_point: str
+    coverage: str
     max_upload_bytes: int
     max_pixels: int
     max_batch_files: int
     timeout_s: float
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How this request wants its probabilities judged."""
+
+    operating_point: str
+    coverage: str
 
 
 @dataclass(frozen=True)
@@ -91,7 +109,18 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
         finally:
             metrics.stage_seconds.labels(stage=stage).observe(time.perf_counter() - started)
 
-    async def see(data: bytes) -> Answer:
+    async def choose_rule(
+        operating_point: Annotated[str | None, Query(description="In place of the server's default.")] = None,
+        coverage: Annotated[
+            str | None, Query(description="In place of the server's default; `off` never refers.")
+        ] = None,
+    ) -> Rule:
+        check_choices(service.manifest, operating_point=operating_point, coverage=coverage)
+        return Rule(operating_point or service.operating_point, coverage or service.coverage)
+
+    chosen_rule = Depends(choose_rule)
+
+    async def see(data: bytes, rule: Rule) -> Answer:
         """Decode, run and judge one image."""
         size, manifest = service.manifest.preprocessing.size, service.manifest
         image = await in_worker("decode", lambda: decode(data, size=size, max_pixels=service.max_pixels))
@@ -99,8 +128,9 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
         metrics.stage_seconds.labels(stage="queue").observe(result.queue_s)
         metrics.stage_seconds.labels(stage="forward").observe(result.forward_s)
         metrics.batch_size.observe(result.batch_size)
-        judgement = judge(result.logits, manifest, service.operating_point)
+        judgement = judge(result.logits, manifest, rule.operating_point, coverage=rule.coverage)
         metrics.predictions.labels(label=judgement.label, version=manifest.version).inc()
+        metrics.referred.labels(version=manifest.version).inc(judgement.refer)
         return Answer(image, result, judgement)
 
     async def read_one(request: Request) -> bytes:
@@ -116,13 +146,15 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
         )
 
     @router.post("/predict", openapi_extra=ONE_IMAGE, responses=PROBLEMS, tags=["inference"])
-    async def predict(request: Request, response: Response) -> Prediction:
+    async def predict(request: Request, response: Response, rule: Annotated[Rule, chosen_rule]) -> Prediction:
         """Classify one dermoscopic image: multipart field `file`, or the image as the raw body."""
         response.headers.update(model_headers)
-        return Prediction(**fields(await see(await read_one(request)), request))
+        return Prediction(**fields(await see(await read_one(request), rule), request))
 
     @router.post("/predict/batch", openapi_extra=MANY_IMAGES, responses=PROBLEMS, tags=["inference"])
-    async def predict_batch(request: Request, response: Response) -> list[BatchItem]:
+    async def predict_batch(
+        request: Request, response: Response, rule: Annotated[Rule, chosen_rule]
+    ) -> list[BatchItem]:
         """Classify several images, multipart field `files`; a bad one fails alone and keeps its place."""
         response.headers.update(model_headers)
         with metrics.stage_seconds.labels(stage="read").time():
@@ -132,7 +164,7 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
 
         async def one(index: int, data: bytes) -> BatchItem:
             try:
-                return BatchItem(index=index, prediction=Prediction(**fields(await see(data), request)))
+                return BatchItem(index=index, prediction=Prediction(**fields(await see(data, rule), request)))
             except Exception as error:
                 problem = report(error, request.scope["request_id"], metrics)
                 return BatchItem(index=index, problem=problem)
@@ -147,28 +179,37 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
     )
     async def explain(
         request: Request,
-        target: Annotated[str, Query(description="`predicted` or a class name.")] = "predicted",
+        rule: Annotated[Rule, chosen_rule],
+        target: Annotated[str, Query(description="`predicted` or a class name.")] = PREDICTED,
         style: Annotated[Style, Query()] = "overlay",
-        method: Annotated[Literal["gradcam"], Query()] = "gradcam",  # noqa: ARG001 - refuses what is not served
+        method: Annotated[Method, Query(description="All but `gradcam` take many seconds on a CPU.")] = "gradcam",
         alpha: Annotated[float, Query(ge=0, le=1, description="Opacity at the peak of the evidence.")] = 0.6,
         accept: Annotated[str, Header()] = "image/png",
     ) -> Response:
-        """Show where the evidence lies (Grad-CAM): a PNG, or JSON for `Accept: application/json`."""
-        classes = service.manifest.classes
-        if target not in ("predicted", *classes):
-            raise InvalidParameter(f"query.target: give predicted, {' or '.join(classes)}")
-        answer = await see(await read_one(request))
-        judgement = answer.judgement
-        shown = judgement.label if target == "predicted" else target
-        cam = answer.result.cam[classes.index(shown)]
-        about = f"{shown} {judgement.probabilities[shown]:.3f}, {service.manifest.name} {service.manifest.version}"
+        """Show where the evidence lies: a PNG, or JSON for `Accept: application/json`."""
+        check_choices(service.manifest, target=target)
+        attribute = None if method == "gradcam" else service.attribute
+        if method != "gradcam" and attribute is None:
+            raise MethodNotServed(method)
+        data = await read_one(request)
+        started = time.monotonic()
+        answer = await see(data, rule)
+        shown = aim(target, method, judgement=answer.judgement, manifest=service.manifest)
+        raw = answer.result.cam[shown.index]
+        if attribute is not None:
+            with metrics.stage_seconds.labels(stage="attribute").time():
+                raw = await service.batcher.call(
+                    lambda: attribute(answer.image.pixels, method, target=shown.index),
+                    timeout_s=service.timeout_s - (time.monotonic() - started),
+                )
 
         def draw() -> Overlay:
-            return render(cam, answer.image.preview, style=style, alpha=alpha, description=f"Grad-CAM for {about}")
+            return render(raw, answer.image.preview, style=style, alpha=alpha, description=shown.description)
 
         overlay = await in_worker("render", draw)
+        last = service.manifest.classes[-1]
         headers = model_headers | {
-            f"X-Probability-{classes[-1].capitalize()}": f"{judgement.probabilities[classes[-1]]:.6f}",
+            f"X-Probability-{last.capitalize()}": f"{answer.judgement.probabilities[last]:.6f}",
             "X-CAM-Peak": f"{overlay.peak:.6g}",
             "X-CAM-Empty": str(overlay.empty).lower(),
         }
@@ -176,8 +217,9 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
             return Response(overlay.png, media_type="image/png", headers=headers)
         explanation = Explanation(
             **fields(answer, request),
-            target=shown,
-            map=cam.tolist(),
+            target=shown.label,
+            method=method,
+            map=raw.tolist(),
             peak=overlay.peak,
             empty=overlay.empty,
             overlay_png=base64.b64encode(overlay.png).decode(),

@@ -7,10 +7,12 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 
 class Outputs(Protocol):
@@ -50,10 +52,16 @@ class Result:
 
 
 @dataclass(frozen=True)
-class _Item:
-    image: NDArray[np.uint8]
+class _Image:
+    pixels: NDArray[np.uint8]
     future: asyncio.Future[Result]
     arrived: float
+
+
+@dataclass(frozen=True)
+class _Call:
+    work: Callable[[], Any]
+    future: asyncio.Future[Any]
 
 
 class MicroBatcher:
@@ -63,7 +71,7 @@ class MicroBatcher:
         run: uint8[B,...] -> outputs with B rows; called from one thread, never twice at a time.
         max_batch: images per batch at most.
         max_wait_ms: how long an idle device waits for a fuller batch; 0 sends at once.
-        max_queue: images waiting at most.
+        max_queue: images and calls waiting at most.
     """
 
     def __init__(
@@ -78,7 +86,7 @@ class MicroBatcher:
         self._max_batch = max_batch
         self._max_wait_s = max_wait_ms / 1000
         self._max_queue = max_queue
-        self._waiting: deque[_Item] = deque()
+        self._waiting: deque[_Image | _Call] = deque()
         self._arrival = asyncio.Event()
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._loop_task: asyncio.Task[None] | None = None
@@ -87,7 +95,7 @@ class MicroBatcher:
 
     @property
     def depth(self) -> int:
-        """Images waiting now."""
+        """Images and calls waiting now."""
         return len(self._waiting)
 
     @property
@@ -112,44 +120,73 @@ class MicroBatcher:
         Raises:
             QueueFull, DeadlineExceeded, ShuttingDown, or what `run` raised.
         """
+        item = _Image(image, asyncio.get_running_loop().create_future(), time.monotonic())
+        self._enqueue(item)
+        return await _outcome(item.future, timeout_s)
+
+    async def call(self, work: Callable[[], T], *, timeout_s: float) -> T:
+        """Queue other work for the device, in its turn and never beside a batch, and wait for its result.
+
+        Raises:
+            QueueFull, DeadlineExceeded, ShuttingDown, or what `work` raised.
+        """
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._enqueue(_Call(work, future))
+        return await _outcome(future, timeout_s)
+
+    def _enqueue(self, item: _Image | _Call) -> None:
         if not self.accepting:
             raise ShuttingDown("the server is stopping: try another replica")
         if len(self._waiting) >= self._max_queue:
             raise QueueFull(max(1, math.ceil(len(self._waiting) * self._seconds_per_image)))
-        item = _Item(image, asyncio.get_running_loop().create_future(), time.monotonic())
         self._waiting.append(item)
         self._arrival.set()
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await item.future
-        except TimeoutError:
-            raise DeadlineExceeded(f"no result within {timeout_s:g} s: try again, or allow more time") from None
 
     async def _form_batches(self) -> None:
         while not (self._closing and not self._waiting):
             await self._arrival.wait()
             if self._max_wait_s and len(self._waiting) < self._max_batch and not self._closing:
                 await asyncio.sleep(self._max_wait_s)
-            batch = self._take()
-            if batch:
-                await self._forward(batch)
+            work = self._take()
+            if isinstance(work, _Call):
+                await self._run_alone(work)
+            elif work:
+                await self._forward(work)
             if not self._waiting and not self._closing:
                 self._arrival.clear()
 
-    def _take(self) -> list[_Item]:
-        """The next batch. A caller that left or ran out of time has cancelled its future, and is dropped here."""
-        batch: list[_Item] = []
+    def _take(self) -> list[_Image] | _Call:
+        """The next batch or call. A caller that left or ran out of time has cancelled its future, and is dropped."""
+        batch: list[_Image] = []
         while self._waiting and len(batch) < self._max_batch:
             item = self._waiting.popleft()
-            if not item.future.done():
+            if item.future.done():
+                continue
+            if isinstance(item, _Image):
                 batch.append(item)
+            elif batch:
+                self._waiting.appendleft(item)  # its turn comes after this batch
+                break
+            else:
+                return item
         return batch
 
-    async def _forward(self, batch: list[_Item]) -> None:
+    async def _run_alone(self, call: _Call) -> None:
+        """Run a call; whatever goes wrong is told to its caller, and never ends the loop."""
+        try:
+            result = await asyncio.get_running_loop().run_in_executor(self._device, call.work)
+        except Exception as error:
+            if not call.future.done():
+                call.future.set_exception(error)
+            return
+        if not call.future.done():
+            call.future.set_result(result)
+
+    async def _forward(self, batch: list[_Image]) -> None:
         """Run a batch; whatever goes wrong is told to its callers, and never ends the loop."""
         started = time.monotonic()
         try:
-            images = np.stack([item.image for item in batch])
+            images = np.stack([item.pixels for item in batch])
             outputs = await asyncio.get_running_loop().run_in_executor(self._device, self._run, images)
             seconds = time.monotonic() - started
             results = [
@@ -165,3 +202,11 @@ class MicroBatcher:
         for item, result in zip(batch, results, strict=True):
             if not item.future.done():  # the caller may have left during the forward pass
                 item.future.set_result(result)
+
+
+async def _outcome(future: asyncio.Future[T], timeout_s: float) -> T:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await future
+    except TimeoutError:
+        raise DeadlineExceeded(f"no result within {timeout_s:g} s: try again, or allow more time") from None

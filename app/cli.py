@@ -11,11 +11,11 @@ import uvicorn
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from app.engines.base import EngineUnavailable
+from app.engines.base import Attributing, EngineUnavailable
 from app.main import OpenModel, create_app, list_models, open_model
 from app.model import store
-from app.model.labels import NOTICE, Judgement, judge
-from app.model.overlay import render
+from app.model.labels import NOTICE, PREDICTED, Judgement, check_choices, judge
+from app.model.overlay import METHODS, MethodNotServed, aim, render
 from app.model.preprocess import DecodedImage, ImageError, decode
 from app.settings import Settings
 
@@ -24,7 +24,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Exit codes: 0 done, 1 some file failed, 2 nothing could be done."""
     options = _parser().parse_args(arguments)
     try:
-        sys.exit(options.run(options, Settings()))
+        overridable = ("host", "port", "operating_point", "coverage")
+        given = {key: value for key in overridable if (value := getattr(options, key, None)) is not None}
+        sys.exit(options.run(options, Settings().model_copy(update=given)))
     except ValidationError as error:
         first = error.errors()[0]
         sys.stderr.write(f"dermlens: DERMLENS_{str(first['loc'][0]).upper()}: {first['msg']}\n")
@@ -44,22 +46,24 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("files", nargs="+", type=Path, metavar="FILE")
     predict.add_argument("--json", action="store_true", help="one JSON object a line")
     predict.set_defaults(run=_predict)
-    explain = commands.add_parser("explain", help="write a Grad-CAM overlay of one image")
+    explain = commands.add_parser("explain", help="write a picture of where one image's evidence lies")
     explain.add_argument("file", type=Path, metavar="FILE")
     explain.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.png")
-    explain.add_argument("--target", default="predicted", help="predicted (default) or a class name")
+    explain.add_argument("--target", default=PREDICTED, help="predicted (default) or a class name")
+    explain.add_argument("--method", choices=METHODS, default="gradcam", help="gradcam (default) is the quick one")
     explain.add_argument("--style", choices=["overlay", "heatmap", "side-by-side"], default="overlay")
     explain.add_argument("--alpha", type=float, default=0.6, help="opacity at the peak, 0..1")
     explain.set_defaults(run=_explain)
+    for command in (predict, explain):
+        command.add_argument("--operating-point", metavar="NAME", help="in place of DERMLENS_OPERATING_POINT")
+        command.add_argument("--coverage", help="in place of DERMLENS_COVERAGE; off never refers")
     models = commands.add_parser("models", help="list the published versions")
     models.add_argument("--json", action="store_true", help="the manifests as JSON")
     models.set_defaults(run=_models)
     return parser
 
 
-def _serve(options: argparse.Namespace, settings: Settings) -> int:
-    given = {key: value for key in ("host", "port") if (value := getattr(options, key)) is not None}
-    settings = settings.model_copy(update=given)
+def _serve(_: argparse.Namespace, settings: Settings) -> int:
     app = create_app(settings)
     uvicorn.run(app, host=settings.host, port=settings.port, log_level=settings.log_level, server_header=False)
     return 0
@@ -67,6 +71,7 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
 
 def _predict(options: argparse.Namespace, settings: Settings) -> int:
     model, failed = open_model(settings), 0
+    check_choices(model.manifest, operating_point=options.operating_point, coverage=options.coverage)
     for path in options.files:
         try:
             image, _, judgement = _see(path, model, settings)
@@ -79,27 +84,33 @@ def _predict(options: argparse.Namespace, settings: Settings) -> int:
             print(json.dumps(row))
         else:
             chances = "  ".join(f"{name} {p:.3f}" for name, p in judgement.probabilities.items())
-            print("  ".join([f"{path}: {judgement.label}", chances, *image.warnings]))
+            reasons = [f"{'refer' if judgement.refer else 'note'}: {reason}" for reason in judgement.reasons]
+            print("  ".join([f"{path}: {judgement.label}", chances, *reasons, *image.warnings]))
     sys.stderr.write(f"{len(options.files) - failed} of {len(options.files)} files classified. {NOTICE}\n")
     return 1 if failed else 0
 
 
 def _explain(options: argparse.Namespace, settings: Settings) -> int:
     model = open_model(settings)
-    classes = model.manifest.classes
-    if options.target not in ("predicted", *classes):
-        raise ValueError(f"--target: give predicted, {' or '.join(classes)}")
+    check_choices(
+        model.manifest,
+        operating_point=options.operating_point,
+        coverage=options.coverage,
+        target=options.target,
+    )
     if not 0 <= options.alpha <= 1:
         raise ValueError("--alpha: give a number from 0 to 1")
     image, cam, judgement = _see(options.file, model, settings)
-    shown = judgement.label if options.target == "predicted" else options.target
-    about = f"Grad-CAM for {shown} {judgement.probabilities[shown]:.3f}"
-    overlay = render(
-        cam[classes.index(shown)], image.preview, style=options.style, alpha=options.alpha, description=about
-    )
+    shown = aim(options.target, options.method, judgement=judgement, manifest=model.manifest)
+    raw = cam[shown.index]
+    if options.method != "gradcam":
+        if not isinstance(model.engine, Attributing):
+            raise MethodNotServed(options.method)
+        raw = model.engine.attribute(image.pixels, options.method, target=shown.index)
+    overlay = render(raw, image.preview, style=options.style, alpha=options.alpha, description=shown.description)
     options.output.write_bytes(overlay.png)
     evidence = "no evidence for it" if overlay.empty else f"peak {overlay.peak:.3g}"
-    print(f"{options.output}: {about}, {evidence}. {NOTICE}")
+    print(f"{options.output}: {shown.description}, {evidence}. {NOTICE}")
     return 0
 
 
@@ -107,7 +118,8 @@ def _see(path: Path, model: OpenModel, settings: Settings) -> tuple[DecodedImage
     """Decode, run and judge one file; the map is float32[K,H,W]."""
     image = decode(path.read_bytes(), size=model.manifest.preprocessing.size, max_pixels=settings.max_pixels)
     logits, cam = model.engine.run(image.pixels[None])
-    return image, cam[0], judge(logits[0], model.manifest, settings.operating_point)
+    judgement = judge(logits[0], model.manifest, settings.operating_point, coverage=settings.coverage)
+    return image, cam[0], judgement
 
 
 def _models(options: argparse.Namespace, settings: Settings) -> int:

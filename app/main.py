@@ -12,12 +12,12 @@ from fastapi.responses import RedirectResponse
 
 from app.api import Service, build_router
 from app.batcher import MicroBatcher
-from app.engines.base import Engine, build_engine, warm_up
+from app.engines.base import Attributing, Engine, build_engine, warm_up
 from app.errors import install
 from app.metrics import Metrics
 from app.middleware import RequestContext
 from app.model import store
-from app.model.labels import NOTICE
+from app.model.labels import NOTICE, check_choices
 from app.model.manifest import Manifest
 from app.schemas import ModelInfo
 from app.settings import Settings
@@ -39,15 +39,18 @@ def open_model(settings: Settings) -> OpenModel:
     Raises:
         StoreError: there is no such version, or it is damaged.
         EngineUnavailable: the device that was asked for is not there.
-        ValueError: the version has no such operating point, or its weights do not fit.
+        ValueError: the version has no such operating point or coverage, or its weights do not fit.
     """
     root, name, version = settings.model_store, settings.model_name, settings.model_version
     loaded = store.load(root, name, store.current(root, name) if version == "current" else version)
-    points = loaded.manifest.operating_points
-    if points and settings.operating_point not in points:
-        known = ", ".join(points)
-        raise ValueError(f"DERMLENS_OPERATING_POINT={settings.operating_point}: this version has {known}")
-    return OpenModel(build_engine(settings.engine, loaded, threads=settings.cpu_threads), loaded.manifest)
+    manifest = loaded.manifest
+    # A default that a version can make nothing of does no harm; one that it has under other names is a mistake
+    check_choices(
+        manifest,
+        operating_point=settings.operating_point if manifest.operating_points else None,
+        coverage=settings.coverage if manifest.abstention else None,
+    )
+    return OpenModel(build_engine(settings.engine, loaded, threads=settings.cpu_threads), manifest)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -74,11 +77,13 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="dermlens", description=DESCRIPTION, version=installed_version("dermlens"), lifespan=lifespan)
     service = Service(
         batcher=batcher,
+        attribute=engine.attribute if isinstance(engine, Attributing) else None,
         manifest=manifest,
         metrics=metrics,
         list_models=lambda: list_models(settings.model_store, manifest.name, manifest.version),
         workers=CapacityLimiter(settings.decode_threads),
         operating_point=settings.operating_point,
+        coverage=settings.coverage,
         max_upload_bytes=settings.max_upload_bytes,
         max_pixels=settings.max_pixels,
         max_batch_files=settings.max_batch_files,

@@ -25,7 +25,7 @@ class Metrics:
         self.queue_depth = Gauge("dermlens_queue_depth", "Images waiting for the device.", registry=registry)
         self.stage_seconds = Histogram(
             "dermlens_stage_seconds",
-            "Time in each stage of a request, seconds: read, decode, queue, forward, render.",
+            "Time in each stage of a request, seconds: read, decode, queue, forward, attribute, render.",
             ["stage"],
             buckets=SECONDS,
             registry=registry,
@@ -38,6 +38,12 @@ class Metrics:
         )
         self.predictions = Counter(
             "dermlens_predictions", "Predictions by label.", ["label", "version"], registry=registry
+        )
+        self.referred = Counter(
+            "dermlens_referred",
+            "Predictions that the model would rather leave to a person.",
+            ["version"],
+            registry=registry,
         )
         self.rejected = Counter(
             "dermlens_rejected", "Requests or files refused, by problem.", ["reason"], registry=registry

@@ -1,14 +1,13 @@
 """What the HTTP API says, as JSON."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
 from app.model.labels import NOTICE, Judgement
-from app.model.manifest import Manifest
+from app.model.manifest import Manifest, Probability
+from app.model.overlay import Method
 from app.model.preprocess import DecodedImage
-
-Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class ModelRef(BaseModel):
@@ -17,12 +16,19 @@ class ModelRef(BaseModel):
 
 
 class Decision(BaseModel):
-    """The answer at one operating point, for a model with two classes."""
+    """The answer at one operating point, and whether a person should look instead."""
 
-    operating_point: str
-    threshold: Probability
-    positive: bool
-    refer: bool = Field(description="The model abstains; always false for a version without an abstention rule.")
+    operating_point: str | None = Field(description="Null, like the next two, for a model with more than two classes.")
+    threshold: Probability | None
+    positive: bool | None
+    refer: bool = Field(description="The model abstains: `prediction_set` does not hold exactly one class.")
+    reasons: list[str] = Field(description="Why it refers, or how a set of one class differs from the label.")
+    prediction_set: list[str] | None = Field(
+        description="The classes that stay plausible at this coverage, maybe none; null where no rule was applied."
+    )
+    coverage: str | None = Field(
+        description="Share of each class's images whose set holds their class, as fitted; null where none was applied."
+    )
 
 
 class ImageFacts(BaseModel):
@@ -37,7 +43,7 @@ class Prediction(BaseModel):
     model: ModelRef
     label: str
     probabilities: dict[str, Probability]
-    decision: Decision | None
+    decision: Decision
     image: ImageFacts
     notice: str = NOTICE
 
@@ -64,7 +70,8 @@ class Explanation(Prediction):
     """A prediction with its evidence."""
 
     target: str = Field(description="The class that the map argues for.")
-    map: list[list[float]] = Field(description="Raw class-activation map in logits, before ReLU; rows from the top.")
+    method: Method
+    map: list[list[float]] = Field(description="Raw map of the method in logits, before ReLU; rows from the top.")
     peak: float = Field(description="Largest raw value of the map; at most 0 means no evidence for the target.")
     empty: bool
     overlay_png: str = Field(description="Base64 of the picture that `Accept: image/png` gets.")
@@ -93,14 +100,15 @@ def prediction_fields(
     judgement: Judgement, image: DecodedImage, *, manifest: Manifest, request_id: str
 ) -> dict[str, Any]:
     """The fields that `Prediction` and `Explanation` share."""
-    decision = None
-    if judgement.threshold is not None and judgement.positive is not None:
-        decision = Decision(
-            operating_point=judgement.operating_point,
-            threshold=judgement.threshold,
-            positive=judgement.positive,
-            refer=False,
-        )
+    decision = Decision(
+        operating_point=None if judgement.threshold is None else judgement.operating_point,
+        threshold=judgement.threshold,
+        positive=judgement.positive,
+        refer=judgement.refer,
+        reasons=list(judgement.reasons),
+        prediction_set=None if judgement.prediction_set is None else list(judgement.prediction_set),
+        coverage=judgement.coverage,
+    )
     return {
         "request_id": request_id,
         "model": ModelRef(name=manifest.name, version=manifest.version),

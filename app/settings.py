@@ -23,6 +23,9 @@ class Settings(BaseSettings):
     model_name: str = Field("asff-resnet50", description="Model to serve.")
     model_version: str = Field("current", description="Version to serve, or `current`.")
     operating_point: str = Field("balanced", description="Operating point for decisions, from the manifest.")
+    coverage: Literal["off", "0.90", "0.95"] = Field(
+        "0.95", description="Coverage of the abstention rule, where the version has one; `off` never refers."
+    )
     engine: EngineName = Field("auto", description="`auto` takes CUDA where there is one, else torch on the CPU.")
     cpu_threads: int = Field(0, ge=0, description="CPU threads of a forward pass; 0 for torch's default.")
     decode_threads: int = Field(4, ge=1, description="Images decoded or drawn at once.")

@@ -17,7 +17,7 @@ from PIL import Image
 from app.main import create_app
 from app.model import store
 from app.model.architecture import IMAGENET_MEAN, IMAGENET_STD, LesionNet
-from app.model.manifest import Architecture, Gate, Manifest, OperatingPoint, Preprocessing, Split
+from app.model.manifest import Abstention, Architecture, Gate, Manifest, OperatingPoint, Preprocessing, Split
 from app.settings import Settings
 from training.drawn import draw_lesion
 
@@ -96,6 +96,24 @@ def model_store(tmp_path_factory: pytest.TempPathFactory, random_weights: bytes)
     """A store whose current version 1 has random weights; read it only."""
     root = tmp_path_factory.mktemp("model_store")
     store.publish(root, make_manifest(), {store.WEIGHTS: random_weights, "MODEL_CARD.md": b"# card\n"})
+    store.promote(root, NAME, "1")
+    return root
+
+
+def make_rule(benign: float, malignant: float) -> Abstention:
+    """An abstention rule with these quantiles."""
+    quantiles = {"benign": benign, "malignant": malignant}
+    return Abstention(quantiles=quantiles, coverage=quantiles, refer_rate=0.1, fitted_on="nothing")
+
+
+@pytest.fixture(scope="session")
+def careful_store(tmp_path_factory: pytest.TempPathFactory, random_weights: bytes) -> Path:
+    """As `model_store`, at 64 pixels, and it abstains: both classes at 0.90, neither at 0.95, benign alone at 0.99."""
+    root = tmp_path_factory.mktemp("careful_store")
+    small = Preprocessing(size=64, resize="squash-bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    rules = {"0.90": make_rule(0, 0), "0.95": make_rule(1, 1), "0.99": make_rule(0, 1)}
+    manifest = make_manifest(preprocessing=small, abstention=rules)
+    store.publish(root, manifest, {store.WEIGHTS: random_weights})
     store.promote(root, NAME, "1")
     return root
 

@@ -6,13 +6,16 @@ several processes see what one would. Geometry and resizing are one interpolatio
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.artefacts import draw_hairs, draw_ruler, lay_over
 from training.config import Augmentation
 
-UNIFORMS = 14  # random numbers that one image uses
+UNIFORMS = 20  # random numbers that one image uses
+MOST_HAIRS = 20
 
 
 def augment(images: Tensor, uniforms: Tensor, *, size: int, strength: Augmentation) -> Tensor:
@@ -21,8 +24,43 @@ def augment(images: Tensor, uniforms: Tensor, *, size: int, strength: Augmentati
     grid = F.affine_grid(_geometry(uniforms, strength), [len(images), 3, size, size], align_corners=False)
     # Reflection keeps skin at the border, where zeros would draw a black wedge that means nothing
     out = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+    if strength.blur:
+        # Half of the images stay as sharp as they are
+        out = torch.lerp(out, _reduced(out), (2 * u[14] - 1).clamp(min=0)[:, None, None, None] * strength.blur)
+    if strength.hairs:
+        out = _artefacts(out, u[15], u[16], strength.hairs)
     out = _colour(out, uniforms, strength).clamp(0, 255)
     return _erase(out, u[11], u[12], u[13] * strength.erase)
+
+
+def mixup(images: Tensor, labels: Tensor, *, alpha: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Each image float[B,3,S,S] and label row float[B,K] mixed with those of the next in the batch."""
+    shape = torch.full((len(images), 2), alpha)
+    drawn = torch._standard_gamma(shape, generator=generator)
+    weight = (drawn[:, 0] / drawn.sum(1).clamp(min=1e-12)).to(images.device)
+    weight = torch.maximum(weight, 1 - weight)  # the image itself stays the larger part
+    mixed = torch.lerp(images.roll(1, 0), images, weight[:, None, None, None])
+    return mixed, torch.lerp(labels.roll(1, 0), labels, weight[:, None])
+
+
+def _reduced(images: Tensor) -> Tensor:
+    """The images at a quarter of their resolution, in their own size."""
+    return F.interpolate(F.avg_pool2d(images, 4), size=images.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def _artefacts(images: Tensor, chance: Tensor, seeds: Tensor, probability: float) -> Tensor:
+    """Hairs on a share of the images, a ruler on half as many."""
+    out = images.clone()
+    for row in torch.nonzero(chance < probability).flatten().tolist():
+        rng = np.random.default_rng(int(seeds[row].double() * 2**24))
+        picture, size = out[row].numpy(), images.shape[-1]
+        shade = float(rng.uniform(10, 70))
+        hairs = draw_hairs(size, count=int(rng.integers(1, MOST_HAIRS)), rng=rng)
+        picture = lay_over(picture, hairs, colour=(shade * 1.3, shade, shade * 0.8))
+        if chance[row] < probability / 2:
+            picture = lay_over(picture, draw_ruler(size, rng=rng), colour=(20.0, 20.0, 20.0))
+        out[row] = torch.from_numpy(picture)
+    return out
 
 
 def _around(uniform: Tensor, half_width: float) -> Tensor:
@@ -58,6 +96,7 @@ def _colour(images: Tensor, uniforms: Tensor, strength: Augmentation) -> Tensor:
     chroma = torch.eye(3) - grey
     cos, sin = torch.cos(hue)[:, None, None], torch.sin(hue)[:, None, None]
     matrix = gain[:, None, None] * (grey + saturation[:, None, None] * (cos * chroma + sin * turn))
+    matrix = (1 + _around(uniforms[:, 17:20], strength.tint))[:, :, None] * matrix
     out = torch.einsum("bij,bjhw->bihw", matrix, images)
     mean = out.mean(dim=(1, 2, 3), keepdim=True)
     return mean + contrast[:, None, None, None] * (out - mean)

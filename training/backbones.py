@@ -1,11 +1,90 @@
 """Build the network of a run and give it its start."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.models import get_model
 
-from app.model.architecture import LesionNet, load_backbone
-from training.config import Model, data_dir
+from app.model.architecture import LesionNet, PooledHead, load_backbone
+from training.checkpoint import read_run
+from training.config import Config, Model, data_dir
+from training.start import VERSION, load_start
+
+# The last child of torchvision's `features` in each of the five stages: they end where the resolution halves, or,
+# where a backbone reaches its last resolution early, share its layers out
+LAST_OF_STAGE = {
+    "densenet169": ("pool0", "transition1", "transition2", "transition3", "relu5"),
+    "mobilenet_v2": ("1", "3", "6", "13", "18"),
+    "alexnet": ("2", "5", "7", "9", "12"),
+    "squeezenet1_1": ("2", "4", "7", "10", "12"),
+}
+CHANNELS = {"densenet169": 1664, "mobilenet_v2": 1280, "alexnet": 256, "squeezenet1_1": 512}  # of the last map
+
+
+class Stages(nn.Module):
+    """The convolutions of another backbone under the stage names of `Trunk`, which it stands in for.
+
+    The children of torchvision's `features` keep their names below those of the stages: `layer2.denseblock2…`.
+    """
+
+    def __init__(self, backbone: str) -> None:
+        super().__init__()
+        features = get_model(backbone, weights=None).features
+        if backbone == "densenet169":
+            features.add_module("relu5", nn.ReLU(inplace=True))  # torchvision has it in `forward`
+        children = iter(features.named_children())
+        for stage, last in zip(("conv1", "layer1", "layer2", "layer3", "layer4"), LAST_OF_STAGE[backbone], strict=True):
+            members = nn.Sequential()
+            for name, child in children:
+                members.add_module(name, child)
+                if name == last:
+                    break
+            self.add_module(stage, members)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d) and backbone == "densenet169":
+                module.eps = 1.001e-5  # Keras's, which the weights were trained with
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
+                # No batch norm follows: keep the variance from layer to layer (arXiv 1502.01852)
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised float[B,3,H,W] -> the maps of the last two stages."""
+        before, last = images, images
+        for stage in self.children():
+            before, last = last, stage(last)
+        return before, last
+
+
+def network(spec: Model, *, classes: int) -> LesionNet:
+    """The network that a run names, its weights drawn from torch's generator.
+
+    Backbones other than ResNet-50 get its head, so AlexNet's own large linear layers are not there.
+    """
+    model = LesionNet(
+        gate=None if spec.gate == "none" else spec.gate, stride_variant=spec.stride_variant, classes=classes
+    )
+    if spec.backbone != "resnet50":
+        model.trunk = Stages(spec.backbone)  # type: ignore[assignment]  # two maps are all that is asked of a trunk
+        model.head = PooledHead(CHANNELS[spec.backbone], classes=classes)
+    return model
+
+
+def from_run(run_dir: Path) -> tuple[Config, LesionNet]:
+    """The config of a run and its EMA weights, rounded as they are stored, as a float32 network in eval mode.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    run = read_run(run_dir)
+    with torch.random.fork_rng(devices=[]):
+        model = network(run.config.model, classes=len(run.config.data.classes))
+    state = {name: torch.from_numpy(array.astype(np.float32)) for name, array in run.weights.items()}
+    model.load_state_dict(model.state_dict() | state)
+    return run.config, model.eval()
 
 
 def build(spec: Model, *, classes: int, seed: int, images: Tensor) -> LesionNet:
@@ -19,16 +98,39 @@ def build(spec: Model, *, classes: int, seed: int, images: Tensor) -> LesionNet:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        gate = None if spec.gate == "none" else spec.gate
-        model = LesionNet(gate=gate, stride_variant=spec.stride_variant, classes=classes)
+        model = network(spec, classes=classes)
     if spec.start == "random":
         measure_batch_norm(model, images)
         return model
+    if spec.start.startswith(VERSION):
+        load_start(model, spec.start)
+        return model
     state = _read_start(spec.start)
+    if spec.backbone != "resnet50":
+        load_features(model, state)
+        return model
     load_backbone(model, state)
     if "bn1.running_mean" not in state:
         restore_batch_norm(model, images)
     return model
+
+
+def load_features(model: LesionNet, state: Mapping[str, Tensor]) -> None:
+    """Load ImageNet weights under torchvision's names, `features.*`, into the trunk of another backbone.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of the wrong shape.
+    """
+    stage_of = {name: stage for stage, members in model.trunk.named_children() for name, _ in members.named_children()}
+    expected = {k: v for k, v in model.trunk.state_dict().items() if not k.endswith("num_batches_tracked")}
+    found = {}
+    for key, value in state.items():
+        name = key.removeprefix("features.")
+        found[f"{stage_of.get(name.split('.')[0], key)}.{name}"] = value
+    wrong = sorted(set(found) ^ set(expected)) or [k for k, v in expected.items() if found[k].shape != v.shape]
+    if wrong:
+        raise ValueError(f"the start does not fit the backbone: {len(wrong)} tensors, first {wrong[0]}")
+    model.trunk.load_state_dict(found, strict=False)
 
 
 def _read_start(start: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Temperature and operating points, fitted on held-out logits; and the same cross-fitted, for honest figures."""
+"""Temperature, operating points and abstention, fitted on held-out logits; and cross-fitted, for honest figures."""
 
 from dataclasses import dataclass
 
@@ -11,22 +11,96 @@ from sklearn.model_selection import StratifiedKFold
 from app.model.labels import calibrate
 from training.evaluate import Floats, Labels
 
+COVERAGES = ("0.90", "0.95")
+
 
 @dataclass(frozen=True)
 class Calibration:
+    """What turns logits into an answer."""
+
     temperature: float
-    thresholds: dict[str, float]  # operating point -> threshold on the calibrated probability of class 1
+    thresholds: dict[str, float]  # operating point -> on the probability of class 1; empty with more than two classes
+    quantiles: dict[str, list[float]]  # coverage -> for each class, the smallest probability that stays in the set
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Answers for N images."""
+
+    probabilities: Floats  # [N,K]
+    decided: Labels  # [N], class at the balanced operating point, or the likeliest of more than two
+    sets: dict[str, NDArray[np.bool_]]  # coverage -> [N,K], classes in the prediction set
+
+    @property
+    def referred(self) -> dict[str, NDArray[np.bool_]]:
+        """Coverage -> [N], whether the set leaves no single class."""
+        return {coverage: members.sum(axis=1) != 1 for coverage, members in self.sets.items()}
 
 
 def fit(labels: Labels, logits: NDArray[np.float32]) -> Calibration:
-    """Fit temperature by log-loss, then the operating points, on labels [N] and logits [N,2]."""
+    """Fit temperature, then operating points and abstention, on labels [N] and logits [N,K]."""
+    temperature = fit_temperature(labels, logits)
+    probabilities = calibrate(logits, temperature)
+    return Calibration(
+        temperature=temperature,
+        thresholds=operating_points(labels, probabilities[:, 1]) if logits.shape[1] == 2 else {},
+        quantiles={c: conformal_quantiles(labels, probabilities, coverage=float(c)) for c in COVERAGES},
+    )
+
+
+def judge(logits: NDArray[np.float32], calibration: Calibration) -> Judged:
+    """The answers for logits [N,K]."""
+    probabilities = calibrate(logits, calibration.temperature)
+    decided = probabilities.argmax(axis=1)
+    if calibration.thresholds:
+        decided = (probabilities[:, 1] >= calibration.thresholds["balanced"]).astype(np.int64)
+    sets = {coverage: probabilities >= np.array(q) for coverage, q in calibration.quantiles.items()}
+    return Judged(probabilities, decided, sets)
+
+
+def cross_fitted(
+    labels: Labels, logits: NDArray[np.float32], *, folds: NDArray[np.int64] | None = None, pieces: int = 5
+) -> Judged:
+    """The answers for labels [N] and logits [N,K], each from a calibration that did not see that image.
+
+    Args:
+        folds: fold of each image [N] where the logits come from several networks: each is judged by the others'.
+            One fold alone is cut into `pieces`, or as many as the smallest class has images.
+
+    Raises:
+        ValueError: a class has fewer than two images.
+    """
+    smallest = int(np.bincount(labels, minlength=logits.shape[1]).min())
+    if smallest < 2:
+        raise ValueError(
+            f"a class has {smallest} held-out images, and a calibration needs 2: fewer folds, or more data"
+        )
+    if folds is None or len(np.unique(folds)) == 1:
+        pieces = min(pieces, smallest)
+        splits = list(StratifiedKFold(pieces, shuffle=True, random_state=0).split(logits, labels))
+    else:
+        splits = [(np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)) for fold in np.unique(folds)]
+    result = Judged(
+        probabilities=np.empty(logits.shape),
+        decided=np.empty(len(labels), dtype=np.int64),
+        sets={coverage: np.empty(logits.shape, dtype=bool) for coverage in COVERAGES},
+    )
+    for others, mine in splits:
+        judged = judge(logits[mine], fit(labels[others], logits[others]))
+        result.probabilities[mine] = judged.probabilities
+        result.decided[mine] = judged.decided
+        for coverage, members in judged.sets.items():
+            result.sets[coverage][mine] = members
+    return result
+
+
+def fit_temperature(labels: Labels, logits: NDArray[np.float32]) -> float:
+    """The temperature of the smallest log-loss on labels [N] and logits [N,K]."""
 
     def loss(log_t: float) -> float:
-        return float(log_loss(labels, calibrate(logits, float(np.exp(log_t))), labels=[0, 1]))
+        return float(log_loss(labels, calibrate(logits, float(np.exp(log_t))), labels=range(logits.shape[1])))
 
-    temperature = float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
-    probabilities = calibrate(logits, temperature)[:, 1]
-    return Calibration(temperature, operating_points(labels, probabilities))
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
 def operating_points(labels: Labels, probabilities: Floats) -> dict[str, float]:
@@ -45,13 +119,18 @@ def operating_points(labels: Labels, probabilities: Floats) -> dict[str, float]:
     }
 
 
-def cross_fitted(
-    labels: Labels, logits: NDArray[np.float32], *, point: str = "balanced", folds: int = 5
-) -> tuple[Floats, NDArray[np.bool_]]:
-    """Probabilities [N] and decisions [N], each from a calibration that did not see that image."""
-    probabilities, positive = np.empty(len(labels)), np.empty(len(labels), dtype=bool)
-    for others, mine in StratifiedKFold(folds, shuffle=True, random_state=0).split(logits, labels):
-        fitted = fit(labels[others], logits[others])
-        probabilities[mine] = calibrate(logits[mine], fitted.temperature)[:, 1]
-        positive[mine] = probabilities[mine] >= fitted.thresholds[point]
-    return probabilities, positive
+def conformal_quantiles(labels: Labels, probabilities: Floats, *, coverage: float) -> list[float]:
+    """For each class the smallest probability at which it stays in the prediction set, float[K].
+
+    Class-conditional split conformal prediction (Vovk 2012; Angelopoulos and Bates 2021, section 4.2) with the score
+    1 − p of the class: of new images of a class, at least `coverage` keep their class in the set.
+
+    Args:
+        labels: [N]. probabilities: calibrated, [N,K].
+    """
+    quantiles = []
+    for kind in range(probabilities.shape[1]):
+        own = np.sort(probabilities[labels == kind, kind])
+        rank = int(np.floor((1 - coverage) * (len(own) + 1)))
+        quantiles.append(float(own[rank - 1]) if rank else 0.0)  # too few images to leave any out
+    return quantiles

@@ -4,8 +4,11 @@ import csv
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,6 +18,12 @@ from app.model.architecture import LesionNet
 from training.config import Config
 
 CHECKPOINT = "checkpoint.safetensors"
+
+
+class Run(NamedTuple):
+    config: Config
+    history: list[dict[str, float]]
+    weights: dict[str, NDArray[np.generic]]  # EMA, as they will be stored
 
 
 def save_checkpoint(
@@ -48,7 +57,7 @@ def load_checkpoint(
         return []
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
-        if header["config"] != config.model_dump_json():
+        if Config.model_validate_json(header["config"]) != config:
             raise ValueError(f"{path} was made with another config: give another --run-dir, or delete it")
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
         for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -65,12 +74,34 @@ def load_checkpoint(
     return history
 
 
+def read_run(run_dir: Path) -> Run:
+    """The last epoch's EMA weights of a run, matrices rounded to float16, vectors in float32.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    path = run_dir / CHECKPOINT
+    if not path.is_file():
+        raise ValueError(f"no {path}: train first, python -m training.train --config training/configs/full.toml")
+    prefix = "ema.module."
+    weights: dict[str, NDArray[np.generic]] = {}
+    with safe_open(path, framework="numpy") as file:
+        header = file.metadata()
+        for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            name = key.removeprefix(prefix)
+            if key.startswith(prefix) and not name.endswith("num_batches_tracked"):
+                array = file.get_tensor(key)
+                weights[name] = array.astype(np.float16) if array.ndim > 1 else array
+    return Run(Config.model_validate_json(header["config"]), json.loads(header["history"]), weights)
+
+
 def write_history(run_dir: Path, history: list[dict[str, float]]) -> None:
     """metrics.csv, whole, and the last epoch to TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter
 
     with (run_dir / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(history[-1]))
+        columns = dict.fromkeys(key for row in history for key in row)  # not every epoch measures the held-out fold
+        writer = csv.DictWriter(file, fieldnames=list(columns))
         writer.writeheader()
         writer.writerows(history)
     with SummaryWriter(str(run_dir / "tensorboard"), purge_step=int(history[-1]["epoch"])) as board:

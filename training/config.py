@@ -11,6 +11,7 @@ from app.model.manifest import Gate, StrideVariant
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+MAX_CLASSES = 100
 Stage = Literal["conv1", "layer1", "layer2", "layer3", "layer4"]
 
 
@@ -21,14 +22,25 @@ class Section(BaseModel):
 class Data(Section):
     root: str  # folder with one sub-folder a class, absolute or under DERMLENS_DATA_DIR; "drawn" draws images
     classes: list[str] = ["benign", "malignant"]
+    extra: str | None = None  # a second folder of the same classes that joins training, twins of `root` left out
+    without: list[str] = []  # folders that the start has seen: what has a twin in one of them is left out
     folds: int = Field(5, ge=2)
-    held_out_fold: int = Field(0, ge=0)
+    held_out_fold: int = Field(0, ge=-1)  # -1 holds nothing out: the last run, after the folds have told how good it is
 
 
 class Model(Section):
-    start: str  # "random", "torchvision" (downloads IMAGENET1K_V2), or an .npz under DERMLENS_DATA_DIR
-    stride_variant: StrideVariant
-    gate: Gate | Literal["none"]  # "none": the plain ResNet-50 baseline
+    # "random", "torchvision" (downloads IMAGENET1K_V2), an .npz under DERMLENS_DATA_DIR, or "version:FOLDER" (--init)
+    start: str
+    start_share: float = Field(0, ge=0, le=1)  # of a published start in the weights, see training/mix.py
+    backbone: Literal["resnet50", "densenet169", "mobilenet_v2", "alexnet", "squeezenet1_1"] = "resnet50"
+    stride_variant: StrideVariant  # of ResNet-50
+    gate: Gate | Literal["none"]  # "none": the plain baseline
+
+    @model_validator(mode="after")
+    def _gate_fits(self) -> "Model":
+        if self.backbone != "resnet50" and self.gate != "none":
+            raise ValueError(f"model.gate is {self.gate}, but only resnet50 has one: {self.backbone} takes none")
+        return self
 
 
 class Optimisation(Section):
@@ -42,6 +54,7 @@ class Optimisation(Section):
     ema_decay: Fraction
     batch_norm: Literal["frozen", "train"]
     patience: int = Field(ge=1)  # epochs without a better held-out log-loss before stopping
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"  # auto: bfloat16 on CUDA and on CPUs with AVX512-BF16
 
 
 class Augmentation(Section):
@@ -56,6 +69,10 @@ class Augmentation(Section):
     saturation: Fraction
     hue: float = Field(ge=0)  # degrees
     erase: float = Field(ge=0, le=0.9)  # longest side of the erased box, fraction of the image side
+    tint: Fraction = 0.0  # gain of each colour channel on its own: another lamp, another camera
+    blur: Fraction = 0.0  # blend with a 4-times reduced copy at most: another focus, another resolution
+    hairs: float = Field(0.0, ge=0, le=1)  # probability of drawn hairs, and half of it of a drawn ruler
+    mixup: float = Field(0.0, ge=0)  # Beta(mixup, mixup) weights of a second image and its label (arXiv 1710.09412)
 
 
 class Phase(Section):
@@ -64,6 +81,7 @@ class Phase(Section):
     epochs: int = Field(ge=1)
     size: int = Field(ge=32, multiple_of=32)  # pixels
     frozen: list[Stage] = []
+    evaluate: Literal["every", "last"] = "every"  # epochs after which the held-out fold is measured
 
 
 class Config(Section):
@@ -80,6 +98,30 @@ class Config(Section):
         if self.data.held_out_fold >= self.data.folds:
             raise ValueError(f"data.held_out_fold is {self.data.held_out_fold} of {self.data.folds} folds, from 0")
         return self
+
+    def with_data(self, folder: Path) -> "Config":
+        """The same run on another folder, whose sub-folders are the classes; named after the folder.
+
+        Raises:
+            ValueError: the folder has fewer than 2 or more than 100 sub-folders.
+        """
+        if not folder.is_dir():
+            raise ValueError(f"no folder {folder}: give one with a sub-folder a class")
+        classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        if not 2 <= len(classes) <= MAX_CLASSES:
+            raise ValueError(f"{folder} has {len(classes)} sub-folders: one for each of 2 to {MAX_CLASSES} classes")
+        data = self.data.model_dump() | {"root": str(folder.resolve()), "classes": classes, "extra": None}
+        return Config.model_validate(self.model_dump() | {"data": data, "name": folder.resolve().name})
+
+    def with_fold(self, fold: int) -> "Config":
+        """The same run with another fold held out."""
+        return Config.model_validate(self.model_dump() | {"data": self.data.model_dump() | {"held_out_fold": fold}})
+
+    @property
+    def run_name(self) -> str:
+        """Folder of the run: one for each fold of a recipe."""
+        fold = self.data.held_out_fold
+        return f"{self.name}-all" if fold < 0 else f"{self.name}-fold{fold}"
 
     @property
     def epochs(self) -> int:

@@ -32,12 +32,27 @@ class Dataset:
     labels: Tensor  # int64[N]
     names: list[str]  # path below the root
     folds: NDArray[np.int64]  # [N], 0..folds−1; near-duplicates share one
+    extra: NDArray[np.bool_]  # [N], whether from `data.extra`
     fingerprint: str  # SHA-256 over names, contents and folds
+    root_fingerprint: str  # the same of the images of `data.root` alone
 
-    def split(self, held_out_fold: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Indices of the training images and of the held-out fold."""
+    def split(self, held_out_fold: int) -> "Split":
+        """Indices of the training images and of the held-out fold; fold −1 holds nothing out."""
         held_out = self.folds == held_out_fold
-        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+        return Split(
+            training=np.flatnonzero(~held_out),
+            held_out=np.flatnonzero(held_out & ~self.extra),
+            held_out_extra=np.flatnonzero(held_out & self.extra),
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices into a `Dataset`."""
+
+    training: NDArray[np.int64]  # of both folders
+    held_out: NDArray[np.int64]  # of `data.root`
+    held_out_extra: NDArray[np.int64]  # of `data.extra`
 
 
 def load_dataset(spec: Data, *, seed: int, progress: bool = True) -> Dataset:
@@ -46,29 +61,54 @@ def load_dataset(spec: Data, *, seed: int, progress: bool = True) -> Dataset:
     Raises:
         ValueError: a folder is missing or empty, or an image does not decode; the message names it.
     """
-    names, labels, decoded, digests = [], [], [], []
-    for name, label, content in tqdm(list(_files(spec)), desc="decode", unit="img", disable=None if progress else True):
+    files = [("root", *file) for file in _files(spec.root, spec.classes)]
+    if spec.extra:
+        files += [("extra", *file) for file in _files(spec.extra, spec.classes)]
+    for folder in spec.without:
+        files += [("without", *file) for file in _seen(folder)]
+    names, decoded, digests = [], [], []
+    for source, name, _, content in tqdm(files, desc="decode", unit="img", disable=None if progress else True):
         data = content.read_bytes() if isinstance(content, Path) else content
         try:
             decoded.append(torch.from_numpy(decode(data).pixels))
         except ImageError as error:
             raise ValueError(f"{name}: {error}") from None
-        names.append(name)
-        labels.append(label)
+        names.append(f"{spec.extra}/{name}" if source == "extra" else name)
         digests.append(hashlib.sha256(data).hexdigest())
-    images = torch.stack(decoded)
-    folds = assign_folds(images, np.array(labels), folds=spec.folds, seed=seed)
-    lines = "\n".join(f"{n} {d} {f}" for n, d, f in zip(names, digests, folds, strict=True))
-    fingerprint = hashlib.sha256(lines.encode()).hexdigest()
-    return Dataset(images, torch.tensor(labels), names, folds, fingerprint)
+    images, labels = torch.stack(decoded), np.array([label for _, _, label, _ in files])
+    source = np.array([f[0] for f in files])
+    kept = source != "without"
+    if spec.extra or spec.without:
+        groups = near_duplicates(images)
+        kept &= ~np.isin(groups, groups[source == "without"])
+        kept &= (source == "root") | ~np.isin(groups, groups[source == "root"])
+    folds = np.full(len(files), -1)
+    for part in ("root", "extra"):
+        members = np.flatnonzero(kept & (source == part))
+        if len(
+            members
+        ):  # each folder has folds of its own, so that those of `root` are the same with and without extra
+            own = near_duplicates(images[members])
+            folds[members] = assign_folds(own, labels[members], folds=spec.folds, seed=seed)
+    lines = [f"{names[i]} {digests[i]} {folds[i]}" for i in np.flatnonzero(kept)]
+    root_lines = [line for line, part in zip(lines, source[kept], strict=True) if part == "root"]
+    return Dataset(
+        images=images[kept],
+        labels=torch.from_numpy(labels[kept]),
+        names=[names[i] for i in np.flatnonzero(kept)],
+        folds=folds[kept],
+        extra=source[kept] == "extra",
+        fingerprint=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+        root_fingerprint=hashlib.sha256("\n".join(root_lines).encode()).hexdigest(),
+    )
 
 
-def _files(spec: Data) -> Iterator[tuple[str, int, Path | bytes]]:
-    if spec.root == "drawn":
-        yield from draw_dataset(spec.classes)
+def _files(folder: str, classes: list[str]) -> Iterator[tuple[str, int, Path | bytes]]:
+    if folder == "drawn":
+        yield from draw_dataset(classes)
         return
-    root = data_dir() / spec.root
-    for label, kind in enumerate(spec.classes):
+    root = data_dir() / folder
+    for label, kind in enumerate(classes):
         if not (root / kind).is_dir():
             raise ValueError(f"no folder {root / kind}: set DERMLENS_DATA_DIR or data.root (see docs/training.md)")
         files = sorted(p for p in (root / kind).iterdir() if p.suffix.lower() in SUFFIXES)
@@ -76,6 +116,15 @@ def _files(spec: Data) -> Iterator[tuple[str, int, Path | bytes]]:
             raise ValueError(f"{root / kind} holds no {', '.join(FORMATS)} images")
         for path in files:
             yield f"{kind}/{path.name}", label, path
+
+
+def _seen(folder: str) -> Iterator[tuple[str, int, Path]]:
+    """Every image below a folder, whatever its class."""
+    root = data_dir() / folder
+    if not root.is_dir():
+        raise ValueError(f"no folder {root}: without it the twins of what the start has seen cannot be left out")
+    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES):
+        yield str(path.relative_to(root)), -1, path
 
 
 def near_duplicates(images: Tensor) -> NDArray[np.int64]:
@@ -102,10 +151,10 @@ def _unit(thumbs: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(flat / (np.linalg.norm(flat, axis=1, keepdims=True) + 1e-6))
 
 
-def assign_folds(images: Tensor, labels: NDArray[np.int64], *, folds: int, seed: int) -> NDArray[np.int64]:
-    """Fold of each image: stratified by class, near-duplicates together."""
+def assign_folds(groups: NDArray[np.int64], labels: NDArray[np.int64], *, folds: int, seed: int) -> NDArray[np.int64]:
+    """Fold of each image [N]: stratified by class, members of a group together."""
     result = np.empty(len(labels), dtype=np.int64)
     splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
-    for fold, (_, members) in enumerate(splitter.split(labels, labels, groups=near_duplicates(images))):
+    for fold, (_, members) in enumerate(splitter.split(labels, labels, groups=groups)):
         result[members] = fold
     return result

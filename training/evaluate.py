@@ -1,13 +1,15 @@
-"""Evaluate a published version on its held-out fold; metrics are pure functions of labels and scores.
+"""Print how good a version is; metrics are pure functions of labels and scores.
 
-python -m training.evaluate --version 1 --csv held_out.csv
+python -m training.evaluate                                            # what was held out while training
+python -m training.evaluate --data isic2019 --evidence runs/evidence   # images of another place, as served
 """
 
 import argparse
 import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from app.model import store
 from app.model.architecture import from_version
 from app.model.labels import calibrate
 from app.model.manifest import Metric
-from training.config import Config
+from training.config import Config, Data
 from training.data import load_dataset
 
 Floats = NDArray[np.float64]
@@ -45,6 +47,7 @@ def decision_metrics(labels: Labels, positive: NDArray[np.bool_]) -> dict[str, f
     tn, fp, fn, tp = (int(n) for n in sk.confusion_matrix(labels, positive, labels=[0, 1]).ravel())
     return {
         "accuracy": (tp + tn) / len(labels),
+        "balanced_accuracy": (tp / max(tp + fn, 1) + tn / max(tn + fp, 1)) / 2,
         "precision": tp / max(tp + fp, 1),
         "sensitivity": tp / max(tp + fn, 1),
         "specificity": tn / max(tn + fp, 1),
@@ -52,30 +55,47 @@ def decision_metrics(labels: Labels, positive: NDArray[np.bool_]) -> dict[str, f
     }
 
 
+def multiclass_metrics(labels: Labels, probabilities: Floats, predicted: Labels) -> dict[str, float]:
+    """Metrics of more than two classes; `probabilities` [N,K], `predicted` [N]. Calibration is that of the winner."""
+    return {
+        "roc_auc": float(sk.roc_auc_score(labels, probabilities, multi_class="ovr", average="macro")),
+        "log_loss": float(sk.log_loss(labels, probabilities, labels=range(probabilities.shape[1]))),
+        "ece": calibration_error((labels == predicted).astype(np.int64), probabilities.max(axis=1)),
+        "accuracy": float((labels == predicted).mean()),
+        "balanced_accuracy": float(sk.balanced_accuracy_score(labels, predicted)),
+    }
+
+
 def calibration_error(labels: Labels, probabilities: Floats, *, bins: int = 15) -> float:
     """Expected calibration error over bins of equal mass (Nixon et al. 2019)."""
-    parts = np.array_split(np.argsort(probabilities, kind="stable"), bins)
-    gaps = [len(p) * abs(labels[p].mean() - probabilities[p].mean()) for p in parts if len(p)]
+    members = equal_mass_bins(probabilities, bins=bins)
+    gaps = [len(m) * abs(labels[m].mean() - probabilities[m].mean()) for m in members]
     return float(sum(gaps) / len(labels))
 
 
+def equal_mass_bins(probabilities: Floats, *, bins: int = 15) -> list[NDArray[np.int64]]:
+    """Indices of the images in each of at most `bins` bins that hold the same number of them, lowest first."""
+    return [part for part in np.array_split(np.argsort(probabilities, kind="stable"), bins) if len(part)]
+
+
 def with_intervals(
-    measure: Callable[[Labels, Floats, NDArray[np.bool_]], dict[str, float]],
+    measure: Callable[[Labels, Floats, Any], dict[str, float]],
     labels: Labels,
     probabilities: Floats,
-    positive: NDArray[np.bool_],
+    decided: NDArray[Any],
     *,
     seed: int = 0,
 ) -> dict[str, Metric]:
     """Each metric with its 95% percentile interval over bootstrap resamples of the images."""
     rng = np.random.default_rng(seed)
+    classes = len(np.unique(labels))
     drawn: list[dict[str, float]] = []
     while len(drawn) < RESAMPLES:
         pick = rng.integers(len(labels), size=len(labels))
-        if 0 < labels[pick].sum() < len(labels):  # both classes, else ROC-AUC has no value
-            drawn.append(measure(labels[pick], probabilities[pick], positive[pick]))
+        if len(np.unique(labels[pick])) == classes:  # without one of them ROC-AUC has no value
+            drawn.append(measure(labels[pick], probabilities[pick], decided[pick]))
     result = {}
-    for name, value in measure(labels, probabilities, positive).items():
+    for name, value in measure(labels, probabilities, decided).items():
         low, high = np.percentile([d[name] for d in drawn], [2.5, 97.5])
         result[name] = Metric(value=value, low=float(low), high=float(high))
     return result
@@ -100,57 +120,88 @@ def predict_logits(
     return torch.cat(rows)
 
 
-def write_predictions(path: Path, names: list[str], labels: Labels, logits: Floats, probabilities: Floats) -> None:
-    """One row an image: name, label, logit difference and calibrated probability of class 1."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["name", "label", "logit", "probability"])
-        for row in zip(names, labels, logits[:, 1] - logits[:, 0], probabilities, strict=True):
-            writer.writerow([row[0], row[1], f"{row[2]:.6f}", f"{row[3]:.6f}"])
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.evaluate", description="Evaluate a published version on its held-out fold."
-    )
+    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--store", type=Path, default=Path("model_store"))
     parser.add_argument("--name", default="asff-resnet50")
     parser.add_argument("--version", help="default: the current one")
-    parser.add_argument("--csv", type=Path, help="write a row an image here")
+    parser.add_argument("--data", help="a folder of the same classes; twins of the training images are left out")
+    parser.add_argument("--evidence", type=Path, help="with --data: add the figures to external.csv in this folder")
     options = parser.parse_args(arguments)
     try:
-        evaluate(options.store, options.name, options.version, options.csv)
+        version = options.version or store.current(options.store, options.name)
+        folder = options.store / options.name / version
+        if options.data:
+            found = evaluate_elsewhere(folder, options.data)
+            title = f"{options.name} {version} on {found.images} images of {options.data} that it has not seen"
+            if options.evidence:
+                add_external(options.evidence / "external.csv", f"version {version}", options.data, found)
+        else:
+            manifest = store.read_manifest(options.store, options.name, version)
+            found = Figures(manifest.split.held_out_images, manifest.metrics)
+            title = f"{options.name} {version}, held out while training, cross-fitted"
     except (store.StoreError, ValueError) as error:
         sys.exit(f"training.evaluate: {error}")
+    print_metrics(title, found.metrics)
 
 
-def evaluate(root: Path, name: str, version: str | None, csv_path: Path | None) -> None:
-    """Print the metrics of a version on the fold that it was not trained on.
+class Figures(NamedTuple):
+    images: int
+    metrics: dict[str, Metric]
+
+
+def print_metrics(title: str, metrics: Mapping[str, Metric]) -> None:
+    print(title)
+    for key, metric in metrics.items():
+        print(f"{key:18} {metric.value:.4f}  95% {metric.low:.4f} to {metric.high:.4f}")
+
+
+def served_logits(folder: Path, images: Tensor) -> NDArray[np.float32]:
+    """Logits float32[N,K] of a published version for uint8[N,3,S,S], in float32 on the CPU.
 
     Raises:
-        StoreError, or ValueError where the data is absent or not what the version was trained on.
+        StoreError.
     """
-    from training.calibrate import cross_fitted  # which imports this module
+    loaded = store.load(folder.parent.parent, folder.parent.name, folder.name)
+    model = from_version(loaded.manifest, loaded.weights).to(memory_format=torch.channels_last)
+    size = loaded.manifest.preprocessing.size
+    return np.asarray(predict_logits(model, images, size=size, device=torch.device("cpu")).numpy())
 
-    loaded = store.load(root, name, version or store.current(root, name))
-    manifest = loaded.manifest
-    config = Config.model_validate(manifest.training_config)
-    dataset = load_dataset(config.data, seed=config.seed)
-    if dataset.fingerprint != manifest.split.fingerprint:
-        raise ValueError(f"{config.data.root} is not the data that {name} {manifest.version} was trained on")
-    _, held_out = dataset.split(config.data.held_out_fold)
-    model = from_version(manifest, loaded.weights).to(memory_format=torch.channels_last)
-    size = manifest.preprocessing.size
-    logits = predict_logits(model, dataset.images[held_out], size=size, device=torch.device("cpu")).numpy()
-    labels = dataset.labels[held_out].numpy()
-    probabilities = calibrate(logits, manifest.temperature)[:, 1]
-    print(f"{name} {manifest.version} on {len(labels)} held-out images, temperature and threshold cross-fitted")
-    for key, metric in with_intervals(all_metrics, labels, *cross_fitted(labels, logits)).items():
-        print(f"{key:12} {metric.value:.4f}  95% {metric.low:.4f} to {metric.high:.4f}")
-    if csv_path:
-        names = [dataset.names[i] for i in held_out]
-        write_predictions(csv_path, names, labels, logits.astype(np.float64), probabilities)
-        print(f"predictions: {csv_path}")
+
+def evaluate_elsewhere(folder: Path, data: str) -> Figures:
+    """The metrics of a version with two classes as it is served, on a folder less the twins of what it was trained on.
+
+    Raises:
+        StoreError, or ValueError where the data is absent or the version has other than two classes.
+    """
+    manifest = store.read_manifest(folder.parent.parent, folder.parent.name, folder.name)
+    past = Config.model_validate(manifest.training_config)
+    if "balanced" not in manifest.operating_points:
+        raise ValueError(f"{folder} has other than two classes: only its held-out figures can be printed")
+    seen = [name for name in (past.data.root, past.data.extra, *past.data.without) if name]
+    spec = Data(root=data, classes=list(manifest.classes), without=[name for name in seen if name != "drawn"])
+    dataset = load_dataset(spec, seed=past.seed)
+    labels = dataset.labels.numpy()
+    probabilities = calibrate(served_logits(folder, dataset.images), manifest.temperature)[:, 1]
+    positive = probabilities >= manifest.operating_points["balanced"].threshold
+    return Figures(len(labels), with_intervals(all_metrics, labels, probabilities, positive))
+
+
+def add_external(path: Path, setting: str, data: str, found: Figures) -> None:
+    """Put figures into external.csv in place of those of the same setting and data."""
+    rows = []
+    if path.is_file():
+        with path.open() as file:
+            rows = [row for row in csv.DictReader(file) if (row["setting"], row["data"]) != (setting, data)]
+    for key, metric in found.metrics.items():
+        values = {"value": metric.value, "low": metric.low, "high": metric.high}
+        formatted = {name: f"{value:.6f}" for name, value in values.items()}
+        rows.append({"setting": setting, "data": data, "images": str(found.images), "metric": key} | formatted)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

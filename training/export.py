@@ -1,107 +1,99 @@
-"""Publish a finished run as a version: calibrate, evaluate, write the model card, and make it current.
+"""Publish a finished run as a version: calibrate, evaluate, write the report, and make it current.
 
-python -m training.export --run runs/full --version 1 --promote
+python -m training.export --run runs/full-fold0 --promote
+python -m training.export --run runs/full-all --folds runs/full-fold{0,1,2} --evidence runs/evidence --promote
 """
 
 import argparse
-import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
-import torch
-from numpy.typing import NDArray
-from safetensors import safe_open
 
 from app.model import store
-from app.model.architecture import IMAGENET_MEAN, IMAGENET_STD, from_version
-from app.model.manifest import Architecture, Manifest, OperatingPoint, Preprocessing, Split
-from training import calibrate
-from training.checkpoint import CHECKPOINT
-from training.config import Config
+from app.model.architecture import IMAGENET_MEAN, IMAGENET_STD
+from app.model.manifest import Abstention, Architecture, Manifest, OperatingPoint, Preprocessing, Split
+from training.calibrate import COVERAGES, Calibration, Judged, cross_fitted, fit, judge
 from training.data import load_dataset
-from training.evaluate import all_metrics, predict_logits, with_intervals, write_predictions
-from training.model_card import model_card
-from training.plots import held_out_figure, history_figure
-from training.train import stopped_early
+from training.evaluate import print_metrics
+from training.held_out import SIZE, HeldOut, measure, predict_held_out, predictions_csv, read_finished
+from training.report import PREDICTIONS, write_report
 
-SIZE = 224  # pixels, what the service decodes to
 LICENCE = "Apache-2.0 (weights and code); trained on ISIC images, CC-0 and CC-BY-NC"
+EVIDENCE = ("*.csv", "comparison/*.csv", "contact_sheet.png")  # what the report shows beside the held-out figures
 
 
-class Run(NamedTuple):
-    config: Config
-    history: list[dict[str, float]]
-    weights: dict[str, NDArray[np.generic]]  # EMA, as they will be stored
-
-
-def read_run(run_dir: Path) -> Run:
-    """The last epoch's EMA weights of a run, matrices rounded to float16, vectors in float32.
-
-    Raises:
-        ValueError: there is no checkpoint.
-    """
-    path = run_dir / CHECKPOINT
-    if not path.is_file():
-        raise ValueError(f"no {path}: train first, python -m training.train --config training/configs/full.toml")
-    prefix = "ema.module."
-    weights: dict[str, NDArray[np.generic]] = {}
-    with safe_open(path, framework="numpy") as file:
-        header = file.metadata()
-        for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            name = key.removeprefix(prefix)
-            if key.startswith(prefix) and not name.endswith("num_batches_tracked"):
-                array = file.get_tensor(key)
-                weights[name] = array.astype(np.float16) if array.ndim > 1 else array
-    return Run(Config.model_validate_json(header["config"]), json.loads(header["history"]), weights)
-
-
-def export(run_dir: Path, root: Path, *, name: str, version: str) -> Path:
+def export(
+    run_dir: Path,
+    root: Path,
+    *,
+    name: str,
+    version: str,
+    folds: Sequence[Path] = (),
+    evidence: Path | None = None,
+) -> Path:
     """Publish the run in `run_dir` as `root/name/version`; returns the folder.
 
-    The figures are those of the rounded weights on the held-out fold. Temperature and thresholds are fitted on
-    that fold too, so the figures that depend on them are cross-fitted within it.
+    Args:
+        folds: where `run_dir` held out nothing, runs of its recipe that each held out a fold: every figure, and the
+            calibration, is of their predictions of what they had not seen.
+        evidence: folder of what the other commands measured, copied into the report.
 
     Raises:
-        ValueError: the run is not finished, or has other than two classes.
+        ValueError: a run is not finished, or `folds` are not of its recipe.
         VersionExists: versions never change.
     """
-    run = read_run(run_dir)
+    run = read_finished(run_dir)
     config = run.config
-    if len(run.history) < config.epochs and not stopped_early(run.history, config.optimisation.patience):
+    if config.model.backbone != "resnet50":
         raise ValueError(
-            f"{run_dir} has {len(run.history)} of {config.epochs} epochs: run the same training command again"
+            f"{config.model.backbone} is for the comparison: the service serves resnet50, with or without ASFF"
         )
-    if len(config.data.classes) != 2:
-        raise ValueError("export calibrates a decision between two classes; this run has another number")
+    if config.data.held_out_fold < 0 and not folds:
+        raise ValueError(f"{run_dir} held nothing out: give the runs of its folds with --folds")
+    for fold in folds:
+        if read_finished(fold).config.with_fold(-1) != config:
+            raise ValueError(f"{fold} is not a fold of {run_dir}: its recipe differs")
+    held_out = predict_held_out(folds or [run_dir])
+    home, abroad = held_out.part(extra=False), held_out.part(extra=True)
     dataset = load_dataset(config.data, seed=config.seed)
-    training, held_out = dataset.split(config.data.held_out_fold)
-    fold = f"held-out fold {config.data.held_out_fold} of {config.data.folds}, {len(held_out)} images"
+    classes = tuple(config.data.classes)
+    held_out_folds = len(np.unique(home.folds))
+    where = f"{len(home.names)} images of {config.data.root}, held out in {held_out_folds} of {config.data.folds} folds"
+    fitted = fit(home.labels, home.logits)
+    judged = cross_fitted(home.labels, home.logits, folds=home.folds)
+    abroad_judged = judge(abroad.logits, fitted)
     manifest = Manifest(
         schema_version=1,
         name=name,
         version=version,
         created=datetime.now(UTC).replace(microsecond=0),
-        classes=tuple(config.data.classes),
+        classes=classes,
         architecture=Architecture(
             backbone="resnet50",
             stride_variant=config.model.stride_variant,
             gate=None if config.model.gate == "none" else config.model.gate,
         ),
         preprocessing=Preprocessing(size=SIZE, resize="squash-bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD),
-        temperature=1.0,
-        operating_points={"balanced": OperatingPoint(threshold=0.5, fitted_on="not fitted")},
-        metrics={},
+        temperature=fitted.temperature,
+        operating_points={k: OperatingPoint(threshold=t, fitted_on=where) for k, t in fitted.thresholds.items()},
+        abstention={
+            coverage: _abstention(coverage, classes=classes, home=home, judged=judged, fitted=fitted, fitted_on=where)
+            for coverage in COVERAGES
+        },
+        metrics=measure(home.labels, judged),
+        external_metrics={config.data.extra: measure(abroad.labels, abroad_judged)} if config.data.extra else {},
+        calibrated_on=where,
         split=Split(
             data=config.data.root,
             folds=config.data.folds,
             held_out_fold=config.data.held_out_fold,
-            training_images=len(training),
-            held_out_images=len(held_out),
+            training_images=len(dataset.split(config.data.held_out_fold).training),
+            held_out_images=len(home.names),
             fingerprint=dataset.fingerprint,
         ),
         training_config=config.model_dump(mode="json"),
@@ -109,35 +101,36 @@ def export(run_dir: Path, root: Path, *, name: str, version: str) -> Path:
         licence=LICENCE,
         files={},
     )
-    model = from_version(manifest, run.weights).to(memory_format=torch.channels_last)
-    logits = predict_logits(model, dataset.images[held_out], size=SIZE, device=torch.device("cpu")).numpy()
-    labels = dataset.labels[held_out].numpy()
-    fitted = calibrate.fit(labels, logits)
-    probabilities, positive = calibrate.cross_fitted(labels, logits)
-    manifest = manifest.model_copy(
-        update={
-            "temperature": fitted.temperature,
-            "operating_points": {
-                point: OperatingPoint(threshold=threshold, fitted_on=fold)
-                for point, threshold in fitted.thresholds.items()
-            },
-            "metrics": with_intervals(all_metrics, labels, probabilities, positive),
-        }
-    )
-    title = f"{name} {version}, {fold}"
-    predictions = run_dir / "held_out_predictions.csv"
-    write_predictions(predictions, [dataset.names[i] for i in held_out], labels, logits, probabilities)
-    files = {
+    files = {}
+    if evidence:
+        found = [path for pattern in EVIDENCE for path in sorted(evidence.glob(pattern))]
+        files = {f"report/{path.relative_to(evidence).as_posix()}": path.read_bytes() for path in found}
+    for fold in folds:
+        files[f"report/{fold.name}.csv"] = (fold / "metrics.csv").read_bytes()
+    files |= {
         store.WEIGHTS: safetensors.numpy.save(run.weights),
-        "MODEL_CARD.md": model_card(manifest, run.history).encode(),
-        "report/held_out_predictions.csv": predictions.read_bytes(),
-        "report/held_out.png": held_out_figure(labels, probabilities, positive, classes=manifest.classes, title=title),
-        "report/training.png": history_figure(run.history, title=f"{name} {version}"),
+        PREDICTIONS: predictions_csv(
+            [(home, judged, config.data.root), (abroad, abroad_judged, config.data.extra or "")], classes
+        ),
+        "report/history.csv": (run_dir / "metrics.csv").read_bytes(),
     }
     folder = store.publish(root, manifest, files)
-    for key, metric in manifest.metrics.items():
-        print(f"{key:12} {metric.value:.4f}  95% {metric.low:.4f} to {metric.high:.4f}")
+    write_report(folder)
+    print_metrics(f"{name} {version}: {where}", manifest.metrics)
     return folder
+
+
+def _abstention(
+    coverage: str, *, classes: tuple[str, ...], home: HeldOut, judged: Judged, fitted: Calibration, fitted_on: str
+) -> Abstention:
+    members = judged.sets[coverage]
+    covered = [float(members[home.labels == kind, kind].mean()) for kind in range(len(classes))]
+    return Abstention(
+        quantiles=dict(zip(classes, fitted.quantiles[coverage], strict=True)),
+        coverage=dict(zip(classes, covered, strict=True)),
+        refer_rate=float(judged.referred[coverage].mean()),
+        fitted_on=fitted_on,
+    )
 
 
 def _git_commit() -> str:
@@ -154,6 +147,8 @@ def _git_commit() -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.export", description="Publish a run as a version.")
     parser.add_argument("--run", type=Path, required=True, help="folder of the run, runs/<name>")
+    parser.add_argument("--folds", type=Path, nargs="+", default=[], help="its recipe's runs that held out a fold each")
+    parser.add_argument("--evidence", type=Path, help="folder of what compare, robustness and the others measured")
     parser.add_argument("--store", type=Path, default=Path("model_store"))
     parser.add_argument("--name", default="asff-resnet50")
     parser.add_argument("--version", help="default: the next number")
@@ -162,7 +157,14 @@ def main(arguments: list[str] | None = None) -> None:
     numbers = [int(v) for v in store.versions(options.store, options.name) if v.isdecimal()]
     version = options.version or str(max(numbers, default=0) + 1)
     try:
-        folder = export(options.run, options.store, name=options.name, version=version)
+        folder = export(
+            options.run,
+            options.store,
+            name=options.name,
+            version=version,
+            folds=options.folds,
+            evidence=options.evidence,
+        )
         if options.promote:
             store.promote(options.store, options.name, version)
     except (ValueError, store.StoreError) as error:

@@ -1,71 +1,151 @@
-"""MODEL_CARD.md, generated from the manifest; its figures are never typed by hand."""
+"""MODEL_CARD.md and DATA_CARD.md, generated from the manifest; their figures are never typed by hand."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from app.model.labels import NOTICE
-from app.model.manifest import Manifest
+from app.model.manifest import Manifest, Metric
 
-LIMITS = """\
-- **Research use only.** It is not a medical device and must not decide about a patient.
-- It has seen one curated data set of dermoscopic images, squashed to 224×224. Clinical photographs, other devices,
-  other clinics and rare lesion types degrade it: a plain fine-tune on these images scored a ROC-AUC of about 0.97 on
-  images like them and 0.72 on clinics that it had never seen (../shared/DATA.md).
-- **Dark skin is nearly absent** from the training data. On DDI, a model trained on similar data scored a ROC-AUC of
-  0.72 on light and 0.57 on dark skin (../shared/PAPER.md).
-- Surgical ink and rulers are shortcuts: ink raised false positives by about 40 points in PMC6694463.
-- The data set holds near-duplicate frames and no patient identifiers. Folds keep images together whose thumbnails
-  correlate above 0.97; other images of one patient may still lie on both sides.
-- A class-activation map shows where the model's evidence lies at 14×14, not whether the evidence is right.
-"""
+LIMITS = (
+    "**Research use only.** It is not a medical device and must not decide about a patient.",
+    "It has seen curated dermoscopic images, squashed to 224×224. Clinical photographs, other devices, other clinics "
+    "and rare lesion types degrade it.",
+    "**Dark skin is nearly absent** from the training data. On DDI, a model trained on similar data scored a ROC-AUC "
+    "of 0.72 on light and 0.57 on dark skin (Daneshjou et al. 2022).",
+    "Surgical ink and rulers are shortcuts: ink raised false positives by about 40 points in PMC6694463.",
+    "The data sets hold near-duplicate frames and no patient identifiers. Folds keep images together whose thumbnails "
+    "correlate above 0.97; other images of one patient may still lie on both sides.",
+    "A class-activation map shows where the model's evidence lies at 14×14, not whether the evidence is right.",
+)
+SOURCES = {
+    "isic2020/train": "the paper's training images, ISIC archive, 224×224 JPEG, squashed to a square by their makers",
+    "isic2019": "images of three further sources in ISIC 2019 (HAM10000, BCN20000, MSK), shorter side 224",
+}
 
 
-def model_card(manifest: Manifest, history: Sequence[dict[str, float]]) -> str:
-    """The card of a version, as Markdown."""
+def metric_table(metrics: Mapping[str, Metric]) -> str:
+    rows = "\n".join(f"| {name} | {m.value:.4f} | {m.low:.4f} to {m.high:.4f} |" for name, m in metrics.items())
+    return f"| metric | value | 95% interval |\n| --- | --- | --- |\n{rows}"
+
+
+def model_card(manifest: Manifest, *, epochs: int, seconds: float) -> str:
+    """The card of a version, as Markdown.
+
+    Args:
+        epochs: of the published run. seconds: what they took.
+    """
     split, config = manifest.split, manifest.training_config
     gate = manifest.architecture.gate
     network = f"ASFF ResNet-50, gate `{gate}`" if gate else "plain ResNet-50"
-    seconds = sum(row["seconds"] for row in history)
-    metrics = "\n".join(
-        f"| {name} | {m.value:.4f} | {m.low:.4f} to {m.high:.4f} |" for name, m in manifest.metrics.items()
+    points = "\n".join(f"| {name} | {p.threshold:.4f} |" for name, p in manifest.operating_points.items())
+    rules = "\n".join(
+        f"| {coverage} | {', '.join(f'{name} {share:.3f}' for name, share in rule.coverage.items())} "
+        f"| {rule.refer_rate:.3f} |"
+        for coverage, rule in manifest.abstention.items()
     )
-    points = "\n".join(
-        f"| {name} | {p.threshold:.4f} | {p.fitted_on} |" for name, p in manifest.operating_points.items()
+    elsewhere = "".join(
+        f"\n### `{name}`\n\nThe same networks, temperature and threshold on images of other clinics, held out too.\n\n"
+        f"{metric_table(metrics)}\n"
+        for name, metrics in manifest.external_metrics.items()
     )
     return f"""# {manifest.name} {manifest.version}
 
 {NOTICE}
 
 {network}, stride variant {manifest.architecture.stride_variant}, after arXiv 2510.03876. Classes: \
-{", ".join(manifest.classes)}. Made {manifest.created:%Y-%m-%d} from commit `{manifest.git_commit}`.
+{", ".join(manifest.classes)}. Made {manifest.created:%Y-%m-%d} from commit `{manifest.git_commit}`. \
+The full report is [report/report.html](report/report.html), the data are described in [DATA_CARD.md](DATA_CARD.md).
 
 ## Training
 
-{split.training_images} images of `{split.data}`, start `{config["model"]["start"]}`, {len(history)} epochs, \
+{split.training_images} images of {_folders(config)}, start `{config["model"]["start"]}`, {epochs} epochs, \
 {seconds / 60:.0f} minutes in all. The published weights are the exponential moving average at the last epoch; no \
 epoch was chosen by its held-out score. The whole configuration is in `manifest.json`.
 
-![loss and ROC-AUC](report/training.png)
+![loss and ROC-AUC](report/history.png)
 
 ## Held-out figures
 
-Fold {split.held_out_fold} of {split.folds} ({split.held_out_images} images, near-duplicates kept together) was not \
-trained on. Probabilities and decisions are cross-fitted: each comes from a temperature and a threshold fitted on the \
-other four fifths of the fold. Intervals are 95% percentile bootstrap over images.
+{_held_out(manifest)} Probabilities and decisions are cross-fitted: each image is judged by a temperature and a \
+threshold that were fitted without it. Intervals are 95% percentile bootstrap over images.
 
-| metric | value | 95% interval |
-| --- | --- | --- |
-{metrics}
-
-![ROC, precision–recall, reliability, confusion](report/held_out.png)
-
-## Operating points
+{metric_table(manifest.metrics)}
+{elsewhere}
+## Decisions
 
 Temperature {manifest.temperature:.4f}. A probability of `{manifest.classes[-1]}` at or above the threshold is positive.
 
-| operating point | threshold | fitted on |
-| --- | --- | --- |
+| operating point | threshold |
+| --- | --- |
 {points}
+
+Abstention is class-conditional conformal prediction: an image whose prediction set does not hold exactly one class is
+referred.
+
+| coverage asked for | share of each class whose set holds it | referred |
+| --- | --- | --- |
+{rules}
 
 ## Limits
 
-{LIMITS}"""
+{_list(LIMITS)}
+"""
+
+
+def data_card(manifest: Manifest, counts: Mapping[str, Mapping[str, int]], *, skin: str) -> str:
+    """What a version was trained and measured on, as Markdown.
+
+    Args:
+        counts: source -> class -> held-out images.
+        skin: the statement on skin tone, empty where it was not measured.
+    """
+    split = manifest.split
+    header = " | ".join(manifest.classes)
+    rows = "\n".join(
+        " | ".join([f"| `{source}`", *(str(kinds.get(name, 0)) for name in manifest.classes), SOURCES.get(source, "")])
+        + " |"
+        for source, kinds in counts.items()
+    )
+    return f"""# Data of {manifest.name} {manifest.version}
+
+Images that its figures were measured on, each held out by the network that judged it:
+
+| source | {header} | what |
+| --- |{" --- |" * len(manifest.classes)} --- |
+{rows}
+
+{split.training_images} images trained the published weights. Folds: {split.folds}, stratified by class; images whose
+32×32 grey thumbnails correlate above 0.97 in any of the eight flips and turns share a fold, and images of a further
+folder that resemble the first one's so closely are left out. SHA-256 over names, contents and folds:
+`{split.fingerprint}`.
+
+Licence of the images: CC-0 and CC-BY-NC (ISIC archive). They are not distributed with this model. No image of the
+paper's test set was used, looked for or seen.
+
+{skin}
+There are no patient identifiers, no age, sex or site, and labels were taken as they are; a part of the benign ones was
+never confirmed by histology.
+"""
+
+
+def _held_out(manifest: Manifest) -> str:
+    split = manifest.split
+    if split.held_out_fold < 0:
+        return (
+            f"The published weights have seen all of the data. These are the figures of their recipe: networks trained "
+            f"alike, each without one fold, judged the fold that they had not seen ({manifest.calibrated_on}; "
+            f"near-duplicates share a fold)."
+        )
+    return (
+        f"Fold {split.held_out_fold} of {split.folds} ({split.held_out_images} images, near-duplicates kept together) "
+        "was not trained on."
+    )
+
+
+def _folders(config: Mapping[str, Any]) -> str:
+    data = config["data"]
+    return " and ".join(f"`{folder}`" for folder in (data["root"], data.get("extra")) if folder)
+
+
+def _list(items: tuple[str, ...]) -> str:
+    return "\n".join(f"- {item}" for item in items)

@@ -1,10 +1,11 @@
 """What serving needs of an engine, and the choice of one."""
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from app.model.overlay import Method
 from app.model.store import LoadedVersion
 
 EngineName = Literal["auto", "cuda", "torch"]
@@ -25,6 +26,15 @@ class Engine(Protocol):
 
     def run(self, images: NDArray[np.uint8]) -> Output:
         """uint8[B,3,S,S] RGB -> `Output`."""
+        ...
+
+
+@runtime_checkable
+class Attributing(Protocol):
+    """An engine that explains by methods which need gradients or many passes; called as `run` is."""
+
+    def attribute(self, image: NDArray[np.uint8], method: Method, *, target: int) -> NDArray[np.float32]:
+        """uint8[3,S,S] -> signed map float32[H,W] in logits: positive where the image argues for class `target`."""
         ...
 
 

@@ -1,6 +1,6 @@
-"""From logits to what a person is told: calibrated probabilities and a decision at an operating point."""
+"""From logits to what a person is told: calibrated probabilities, a decision, and when to refer instead."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +8,12 @@ from numpy.typing import NDArray
 from app.model.manifest import Manifest
 
 NOTICE = "Research use only. Not a medical device."
+OFF = "off"  # the coverage at which nothing is referred
+PREDICTED = "predicted"  # the target that follows the decision
+
+
+class UnknownChoice(ValueError):
+    """An operating point, coverage or target that the version does not have."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,10 @@ class Judgement:
     operating_point: str
     threshold: float | None  # on the probability of the last class; None with more than two classes
     positive: bool | None
+    coverage: str | None = None  # of the prediction set; None where no abstention rule was applied
+    prediction_set: tuple[str, ...] | None = None  # the classes that stay plausible, maybe none; None without a rule
+    refer: bool = False  # the set does not hold exactly one class
+    reasons: tuple[str, ...] = ()  # why it refers, or how the set differs from the label; for a person to read
 
 
 def calibrate(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
@@ -28,16 +38,67 @@ def calibrate(logits: NDArray[np.float32], temperature: float) -> NDArray[np.flo
     return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
 
 
-def judge(logits: NDArray[np.float32], manifest: Manifest, operating_point: str) -> Judgement:
-    """Probabilities and decision for the logits [K] of one image; the last of two classes is the positive one."""
+def check_choices(
+    manifest: Manifest, *, operating_point: str | None = None, coverage: str | None = None, target: str | None = None
+) -> None:
+    """Refuse by name what the version does not have; None was not chosen and is not checked.
+
+    Raises:
+        UnknownChoice: its message lists what there is.
+    """
+    for kind, chosen, known in (
+        ("operating point", operating_point, tuple(manifest.operating_points)),
+        ("coverage", coverage, (OFF, *manifest.abstention)),
+        ("target", target, (PREDICTED, *manifest.classes)),
+    ):
+        if chosen is not None and chosen not in known:
+            raise UnknownChoice(f"no {kind} {chosen!r}: this version has {', '.join(known) or 'none'}")
+
+
+def judge(logits: NDArray[np.float32], manifest: Manifest, operating_point: str, *, coverage: str) -> Judgement:
+    """Probabilities, decision and referral for the logits [K] of one image; the last of two classes is the positive.
+
+    A class is in the prediction set iff its probability reaches its own quantile, so that of each class's images,
+    about `coverage` have it in their set, however rare the class. The set alone decides on referral, as the manifest's
+    `refer_rate` was measured. The operating point is a separate choice, of how many false alarms a missed malignancy
+    is worth, so it may disagree with a set of one class: `sensitivity-95` says malignant where only benign is
+    plausible. Then the label still follows the operating point, nothing is referred, and a reason says so.
+
+    Args:
+        coverage: key of `manifest.abstention`; any other, `off` among them, applies no rule and never refers.
+    """
     probabilities = calibrate(logits, manifest.temperature)
+    by_class = {name: float(p) for name, p in zip(manifest.classes, probabilities, strict=True)}
     point = manifest.operating_points.get(operating_point)
     positive = None if point is None else bool(probabilities[-1] >= point.threshold)
-    winner = int(probabilities.argmax()) if positive is None else int(positive)
-    return Judgement(
-        label=manifest.classes[winner],
-        probabilities={name: float(p) for name, p in zip(manifest.classes, probabilities, strict=True)},
+    label = manifest.classes[int(probabilities.argmax()) if positive is None else int(positive)]
+    answer = Judgement(
+        label=label,
+        probabilities=by_class,
         operating_point=operating_point,
         threshold=point.threshold if point else None,
         positive=positive,
     )
+    rule = manifest.abstention.get(coverage)
+    if rule is None:
+        return answer
+    plausible = tuple(name for name, p in by_class.items() if p >= rule.quantiles[name])
+    return replace(
+        answer,
+        coverage=coverage,
+        prediction_set=plausible,
+        refer=len(plausible) != 1,
+        reasons=_reasons(plausible, answer, at=f"plausible at {float(coverage):.0%} coverage"),
+    )
+
+
+def _reasons(plausible: tuple[str, ...], answer: Judgement, *, at: str) -> tuple[str, ...]:
+    """Why the prediction set is not just the label."""
+    if plausible == (answer.label,):
+        return ()
+    if not plausible:
+        return (f"neither {' nor '.join(answer.probabilities)} is {at}: the model is less sure than it mostly is",)
+    if len(plausible) > 1:
+        return (f"{'both ' if len(plausible) == 2 else ''}{' and '.join(plausible)} are {at}",)
+    source = "the highest probability" if answer.positive is None else f"the operating point {answer.operating_point}"
+    return (f"only {plausible[0]} is {at}, but {source} says {answer.label}",)

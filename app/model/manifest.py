@@ -10,6 +10,8 @@ StrideVariant = Literal["v1", "v1.5"]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Triple = tuple[float, float, float]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Coverage = Annotated[str, StringConstraints(pattern=r"^0\.[0-9]{2}$")]
 
 
 class Part(BaseModel):
@@ -32,7 +34,19 @@ class Preprocessing(Part):
 class OperatingPoint(Part):
     """A threshold on the calibrated probability of the positive (last) class."""
 
-    threshold: float = Field(ge=0, le=1)
+    threshold: Probability
+    fitted_on: str
+
+
+class Abstention(Part):
+    """Class-conditional (Mondrian) split-conformal prediction sets at one coverage (Vovk 2012), for `labels.judge`.
+
+    The measured figures are cross-fitted: each image is judged by quantiles that were fitted without it.
+    """
+
+    quantiles: dict[str, Probability]  # class -> its smallest calibrated probability at which the set still holds it
+    coverage: dict[str, Probability]  # class -> share of its held-out images whose set holds it
+    refer_rate: Probability  # share of held-out images whose set does not hold exactly one class
     fitted_on: str
 
 
@@ -72,7 +86,10 @@ class Manifest(Part):
     preprocessing: Preprocessing
     temperature: float = Field(gt=0)
     operating_points: dict[str, OperatingPoint]  # empty with more than two classes
+    abstention: dict[Coverage, Abstention] = {}  # "0.95" -> the rule for that coverage; empty: never refers
     metrics: dict[str, Metric]
+    external_metrics: dict[str, dict[str, Metric]] = {}  # data set that the split knows nothing of -> its metrics
+    calibrated_on: str = ""  # where temperature, operating points and abstention were fitted, in words
     split: Split
     training_config: dict[str, Any]
     git_commit: str
@@ -83,4 +100,11 @@ class Manifest(Part):
     def _two_classes_decide(self) -> "Manifest":
         if len(self.classes) == 2 and "balanced" not in self.operating_points:
             raise ValueError("a version with two classes needs the operating point 'balanced'")
+        return self
+
+    @model_validator(mode="after")
+    def _every_class_has_its_quantile(self) -> "Manifest":
+        for coverage, rule in self.abstention.items():
+            if set(rule.quantiles) != set(self.classes):
+                raise ValueError(f"abstention {coverage}: the quantiles are not those of {', '.join(self.classes)}")
         return self

@@ -1,4 +1,4 @@
-"""Class-activation map -> picture. ReLU and normalisation happen here, per image; the raw peak travels beside it."""
+"""Map of the evidence -> picture. ReLU and normalisation happen here, per image; the raw peak travels beside it."""
 
 import io
 from dataclasses import dataclass
@@ -9,12 +9,43 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from app.model.labels import NOTICE
+from app.model.labels import NOTICE, PREDICTED, Judgement
+from app.model.manifest import Manifest
 
 Style = Literal["overlay", "heatmap", "side-by-side"]
+Method = Literal["gradcam", "integrated-gradients", "occlusion"]
+METHODS: dict[Method, str] = {
+    "gradcam": "Grad-CAM",
+    "integrated-gradients": "Integrated gradients",
+    "occlusion": "Occlusion",
+}
 
 # Evidence from none to most: dark blue, violet, orange, yellow; lightness rises all the way, so it reads in grey too
 ANCHORS = ((16, 18, 64), (84, 24, 128), (176, 42, 110), (240, 104, 48), (255, 184, 40), (255, 250, 160))
+
+
+class MethodNotServed(ValueError):
+    """The engine has no such method."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__(f"method: this engine has no {method}: give gradcam, or set DERMLENS_ENGINE=torch at start")
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a picture argues for."""
+
+    label: str
+    index: int  # of the label among the classes
+    description: str  # method, label with its probability, and model version
+
+
+def aim(target: str, method: Method, *, judgement: Judgement, manifest: Manifest) -> Aim:
+    """The class that `target` (`predicted`, or a class that `labels.check_choices` let through) stands for."""
+    label = judgement.label if target == PREDICTED else target
+    chance = f"{label} {judgement.probabilities[label]:.3f}"
+    description = f"{METHODS[method]} for {chance}, {manifest.name} {manifest.version}"
+    return Aim(label, manifest.classes.index(label), description)
 
 
 @dataclass(frozen=True)
@@ -35,7 +66,7 @@ def render(cam: NDArray[np.float32], preview: Image.Image, *, style: Style, alph
 
     Args:
         alpha: opacity of the colour where the evidence peaks; it fades with the evidence, so skin without any stays.
-        description: target, probability and model version, kept in the PNG's text beside the notice.
+        description: `Aim.description`, kept in the PNG's text beside the notice.
     """
     small = Image.fromarray(evidence(cam))
     strength = np.asarray(small.resize(preview.size, Image.Resampling.BICUBIC)).clip(0, 1)

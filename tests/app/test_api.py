@@ -1,23 +1,26 @@
 import base64
 import io
 import re
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx2
 import numpy as np
 import pytest
+import safetensors.numpy
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from app.main import create_app
+from app.main import create_app, open_model
+from app.model import store
 from app.model.labels import NOTICE
 from app.settings import Settings
 from tests.app.model.test_preprocess import png_header
-from tests.conftest import encode
+from tests.conftest import encode, make_manifest, make_rule
 from training.drawn import draw_lesion
 
 JPEG = {"content-type": "image/jpeg"}
@@ -49,6 +52,8 @@ def test_predict_takes_multipart_and_the_raw_body_alike(client: TestClient, lesi
     assert first["decision"]["operating_point"] == "balanced"
     assert first["decision"]["threshold"] == 0.4
     assert first["decision"]["positive"] == (first["probabilities"]["malignant"] >= 0.4)
+    nothing: dict[str, Any] = {"refer": False, "reasons": [], "prediction_set": None, "coverage": None}
+    assert first["decision"] | nothing == first["decision"]  # this version has no abstention rule
     assert first["label"] == ("malignant" if first["decision"]["positive"] else "benign")
     assert first["image"] == {"width": 320, "height": 240, "format": "JPEG", "warnings": []}
     assert first["notice"] == NOTICE
@@ -121,7 +126,7 @@ def test_explain_styles(client: TestClient, lesion: bytes, style: str, width: in
 
 
 @pytest.mark.parametrize(
-    "query", ["target=mole", "method=occlusion", "style=cubist", "alpha=2", "alpha=x", "alpha=nan"]
+    "query", ["target=mole", "method=guess", "style=cubist", "alpha=2", "alpha=x", "alpha=nan", "coverage=0.95"]
 )
 def test_a_bad_parameter_is_named(client: TestClient, lesion: bytes, query: str) -> None:
     problem = check_problem(client.post(f"/explain?{query}", content=lesion, headers=JPEG), 422, "invalid-parameter")
@@ -298,3 +303,136 @@ def test_openapi_describes_every_route(client: TestClient) -> None:
     assert "image/png" in paths["/explain"]["post"]["responses"]["200"]["content"]
     assert client.get("/", follow_redirects=False).headers["location"] == "/docs"
     assert client.get("/docs").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def careful(careful_store: Path) -> Iterator[TestClient]:
+    with TestClient(create_app(Settings(model_store=careful_store)), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("query", "coverage", "plausible", "words"),
+    [
+        ("", "0.95", [], "neither benign nor malignant is plausible at 95% coverage"),
+        ("coverage=0.95", "0.95", [], "neither benign nor malignant is plausible at 95% coverage"),
+        ("coverage=0.90", "0.90", ["benign", "malignant"], "both benign and malignant are plausible at 90% coverage"),
+        ("coverage=0.99&operating_point=specificity-95", "0.99", ["benign"], None),
+        (
+            "coverage=0.99&operating_point=sensitivity-95",
+            "0.99",
+            ["benign"],
+            "only benign is plausible at 99% coverage, but the operating point sensitivity-95 says malignant",
+        ),
+        ("coverage=off", None, None, None),
+    ],
+)
+def test_a_request_chooses_how_it_is_judged(
+    careful: TestClient, lesion: bytes, query: str, coverage: str | None, plausible: list[str] | None, words: str | None
+) -> None:
+    explained = careful.post(f"/explain?{query}", content=lesion, headers=JPEG | {"accept": "application/json"})
+    (item,) = careful.post(f"/predict/batch?{query}", files=[("files", ("a", lesion, "image/jpeg"))]).json()
+    for answer in (
+        careful.post(f"/predict?{query}", content=lesion, headers=JPEG).json(),
+        item["prediction"],
+        explained.json(),
+    ):
+        decision = answer["decision"]
+        assert (decision["coverage"], decision["prediction_set"]) == (coverage, plausible)
+        assert decision["refer"] == (plausible is not None and len(plausible) != 1)
+        assert [reason.split(": ")[0] for reason in decision["reasons"]] == ([words] if words else [])
+        if "operating_point" in query:
+            assert decision["operating_point"] == query.rsplit("=", 1)[1]
+            assert answer["label"] == ("malignant" if "sensitivity" in query else "benign")
+
+
+@pytest.mark.parametrize(
+    ("query", "known"),
+    [
+        ("operating_point=lucky", "this version has balanced, sensitivity-95, specificity-95"),
+        ("operating_point=", "this version has balanced, sensitivity-95, specificity-95"),
+        ("coverage=0.50", "this version has off, 0.90, 0.95, 0.99"),
+    ],
+)
+def test_an_unknown_rule_is_refused_and_the_known_ones_named(
+    careful: TestClient, lesion: bytes, query: str, known: str
+) -> None:
+    files = {"file": ("a", lesion, "image/jpeg"), "files": ("a", lesion, "image/jpeg")}
+    for route in ("/predict", "/predict/batch", "/explain"):
+        problem = check_problem(careful.post(f"{route}?{query}", files=files), 422, "invalid-parameter")
+        assert known in problem["detail"]
+
+
+def test_referrals_are_counted(careful: TestClient, lesion: bytes) -> None:
+    name = 'dermlens_referred_total{version="1"}'
+    before = series(careful, name)
+    for coverage in ("off", "0.99", "0.95", "0.90"):
+        careful.post("/predict", params={"coverage": coverage}, content=lesion, headers=JPEG)
+    assert series(careful, name) - before == 2
+
+
+@pytest.mark.parametrize(("method", "size"), [("gradcam", 4), ("integrated-gradients", 8), ("occlusion", 4)])
+def test_each_method_draws_its_own_map(careful: TestClient, lesion: bytes, method: str, size: int) -> None:
+    headers, query = JPEG | {"accept": "application/json"}, {"method": method, "target": "malignant"}
+    before = series(careful, 'dermlens_stage_seconds_count{stage="attribute"}')
+    answer = careful.post("/explain", params=query, content=lesion, headers=headers)
+    explained, raw = answer.json(), np.array(answer.json()["map"])
+    assert raw.shape == (size, size)
+    assert (explained["method"], explained["target"]) == (method, "malignant")
+    assert explained["peak"] == pytest.approx(raw.max())
+    assert float(answer.headers["x-cam-peak"]) == pytest.approx(raw.max(), rel=1e-4)
+    assert answer.headers["x-cam-empty"] == str(raw.max() <= 0).lower()
+    picture = Image.open(io.BytesIO(base64.b64decode(explained["overlay_png"])))
+    name = {"gradcam": "Grad-CAM", "integrated-gradients": "Integrated gradients", "occlusion": "Occlusion"}[method]
+    assert str(picture.info["Description"]).startswith(f"{name} for malignant 0.")
+    grown = series(careful, 'dermlens_stage_seconds_count{stage="attribute"}') - before
+    assert grown == (method != "gradcam")
+
+
+def test_an_engine_with_gradcam_only_says_what_to_do_for_the_rest(
+    careful_store: Path, lesion: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app.engines.base import build_engine
+
+    class Plain:
+        def __init__(self, *given: Any, **options: Any) -> None:
+            whole = build_engine(*given, **options)
+            self.name, self.device, self.run = whole.name, whole.device, whole.run
+
+    monkeypatch.setattr("app.main.build_engine", Plain)
+    with TestClient(create_app(Settings(model_store=careful_store))) as client:
+        for method in ("integrated-gradients", "occlusion"):
+            answer = client.post(f"/explain?method={method}", content=lesion, headers=JPEG)
+            problem = check_problem(answer, 422, "method-not-served")
+            assert "DERMLENS_ENGINE=torch" in problem["detail"]
+        assert client.post("/explain", content=lesion, headers=JPEG).status_code == 200
+
+
+def test_a_method_that_takes_longer_than_the_deadline_is_a_504(
+    careful_store: Path, lesion: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go = threading.Event()
+    monkeypatch.setattr("app.engines.torch_engine.TorchEngine.attribute", lambda *_, **__: let_go.wait(10))
+    with TestClient(create_app(Settings(model_store=careful_store, timeout_ms=2_000))) as client:
+        answer = client.post("/explain?method=occlusion", content=lesion, headers=JPEG)
+        let_go.set()
+        check_problem(answer, 504, "deadline-exceeded")
+        assert client.post("/predict", content=lesion, headers=JPEG).status_code == 200
+
+
+def test_the_coverage_must_be_one_that_the_version_has_unless_it_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.main.build_engine", lambda *_, **__: "an engine")
+    weights = {store.WEIGHTS: safetensors.numpy.save({"w": np.zeros(1)})}
+    store.publish(tmp_path, make_manifest("1"), weights)
+    store.publish(tmp_path, make_manifest("2", abstention={"0.90": make_rule(0, 0)}), weights)
+
+    def started(version: str, coverage: Literal["off", "0.90", "0.95"]) -> bool:
+        settings = Settings(model_store=tmp_path, model_version=version, coverage=coverage)
+        return open_model(settings).manifest.version == version
+
+    assert all([started("1", "off"), started("1", "0.90"), started("1", "0.95"), started("2", "off")])
+    assert started("2", "0.90")
+    with pytest.raises(ValueError, match=r"no coverage '0\.95': this version has off, 0\.90"):
+        started("2", "0.95")

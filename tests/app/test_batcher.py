@@ -245,3 +245,82 @@ def test_the_device_is_never_used_twice_at_a_time() -> None:
         await batcher.stop()
 
     run(test)
+
+
+def test_a_call_waits_its_turn_between_two_batches_on_the_same_thread() -> None:
+    async def test() -> None:
+        device, seen = Device(), []
+
+        def work() -> str:
+            seen.append((threading.current_thread().name, list(device.batches)))
+            return "done"
+
+        async with running(device) as batcher:
+            first = await occupy(batcher, device)
+            before = await queued(batcher, [1, 2])
+            call = asyncio.create_task(batcher.call(work, timeout_s=10))
+            await asyncio.sleep(0)
+            after = await queued(batcher, [3])
+            assert batcher.depth == 4
+            device.gate.set()
+            await asyncio.gather(first, *before, *after)
+            assert await call == "done"
+        assert device.batches == [[0], [1, 2], [3]]
+        ((thread, done_before),) = seen
+        assert thread.startswith("device")
+        assert done_before == [[0], [1, 2]]
+
+    run(test)
+
+
+def test_a_failed_call_is_told_to_its_caller_alone_and_the_next_batch_runs() -> None:
+    async def test() -> None:
+        def fail() -> None:
+            raise RuntimeError("no gradient")
+
+        async with running(Device()) as batcher:
+            outcomes = await asyncio.gather(
+                batcher.call(fail, timeout_s=10), batcher.submit(image(3), timeout_s=10), return_exceptions=True
+            )
+            assert isinstance(outcomes[0], RuntimeError)
+            assert isinstance(outcomes[1], Result)
+
+    run(test)
+
+
+def test_a_call_is_bound_by_the_queue_the_deadline_and_its_caller() -> None:
+    async def test() -> None:
+        device, ran = Device(), []
+        async with running(device, max_queue=2) as batcher:
+            first = await occupy(batcher, device)
+            late = asyncio.create_task(batcher.call(lambda: ran.append("late"), timeout_s=0.01))
+            gone = asyncio.create_task(batcher.call(lambda: ran.append("gone"), timeout_s=10))
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFull):
+                await batcher.call(lambda: ran.append("refused"), timeout_s=10)
+            gone.cancel()
+            with pytest.raises(DeadlineExceeded):
+                await late
+            device.gate.set()
+            await first
+        assert ran == []
+        with pytest.raises(ShuttingDown):
+            await batcher.call(lambda: ran.append("stopped"), timeout_s=10)
+
+    run(test)
+
+
+def test_stopping_finishes_an_accepted_call() -> None:
+    async def test() -> None:
+        device = Device()
+        async with running(device) as batcher:
+            first = await occupy(batcher, device)
+            call = asyncio.create_task(batcher.call(lambda: 7, timeout_s=10))
+            await asyncio.sleep(0)
+            stopping = asyncio.create_task(batcher.stop())
+            await asyncio.sleep(0)
+            device.gate.set()
+            assert await call == 7
+            await asyncio.gather(first, stopping)
+
+    run(test)

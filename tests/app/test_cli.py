@@ -1,10 +1,12 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from app.cli import main
+from app.engines.base import build_engine
 from app.model import store
 from app.model.labels import NOTICE
 from tests.conftest import make_manifest
@@ -13,6 +15,12 @@ from tests.conftest import make_manifest
 @pytest.fixture(autouse=True)
 def _serve_the_random_version(model_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DERMLENS_MODEL_STORE", str(model_store))
+
+
+@pytest.fixture
+def careful(careful_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve the version that abstains."""
+    monkeypatch.setenv("DERMLENS_MODEL_STORE", str(careful_store))
 
 
 def run(*arguments: str | Path) -> int:
@@ -68,12 +76,94 @@ def test_explain_writes_a_picture(image: Path, tmp_path: Path, capsys: pytest.Ca
     assert "Grad-CAM for benign" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("option", "value"), [("--target", "mole"), ("--alpha", "7")])
+@pytest.mark.parametrize("method", ["integrated-gradients", "occlusion"])
+@pytest.mark.usefixtures("careful")
+def test_explain_draws_by_other_methods(
+    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    assert run("explain", image, "-o", tmp_path / "a.png") == 0
+    assert run("explain", image, "-o", tmp_path / "b.png", "--method", method, "--target", "malignant") == 0
+    assert f"{method.capitalize().replace('-', ' ')} for malignant 0." in capsys.readouterr().out
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.usefixtures("careful")
+def test_explain_without_such_a_method_says_what_to_do(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Plain:
+        def __init__(self, *given: Any, **options: Any) -> None:
+            self.run = build_engine(*given, **options).run
+
+    monkeypatch.setattr("app.main.build_engine", Plain)
+    assert run("explain", image, "-o", tmp_path / "x.png", "--method", "occlusion") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dermlens: method: this engine has no occlusion")
+    assert "DERMLENS_ENGINE=torch" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--target", "mole", "no target 'mole': this version has predicted, benign, malignant"),
+        ("--alpha", "7", "--alpha: give a number"),
+        ("--coverage", "0.95", "no coverage '0.95': this version has off"),
+        ("--operating-point", "lucky", "no operating point 'lucky': this version has balanced"),
+    ],
+)
 def test_explain_names_a_bad_option(
-    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str
+    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, says: str
 ) -> None:
     assert run("explain", image, "-o", tmp_path / "x.png", option, value) == 2
-    assert f"dermlens: {option}: give" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"dermlens: {says}")
+
+
+@pytest.mark.parametrize(
+    ("options", "label", "says"),
+    [
+        ((), None, "refer: neither benign nor malignant is plausible at 95% coverage"),
+        (("--coverage", "0.90"), None, "refer: both benign and malignant are plausible at 90% coverage"),
+        (("--coverage", "0.99", "--operating-point", "specificity-95"), "benign", None),
+        (
+            ("--coverage", "0.99", "--operating-point", "sensitivity-95"),
+            "malignant",
+            "note: only benign is plausible at 99% coverage, but the operating point sensitivity-95 says malignant",
+        ),
+        (("--coverage", "off"), None, None),
+    ],
+)
+@pytest.mark.usefixtures("careful")
+def test_predict_says_when_to_refer_and_why(
+    image: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    label: str | None,
+    says: str | None,
+) -> None:
+    assert run("predict", image, *options) == 0
+    line = capsys.readouterr().out
+    assert line.startswith(f"{image}: {label or ''}")
+    assert says in line if says else "coverage" not in line
+
+
+@pytest.mark.usefixtures("careful")
+def test_predict_as_json_says_it_too(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("predict", "--json", image, "--coverage", "0.90") == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["refer"], row["coverage"], row["prediction_set"]) == (True, "0.90", ["benign", "malignant"])
+    assert row["reasons"] == ["both benign and malignant are plausible at 90% coverage"]
+
+
+@pytest.mark.parametrize("command", ["predict", "explain"])
+@pytest.mark.usefixtures("careful")
+def test_a_coverage_that_the_version_does_not_have_is_named(
+    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    output = ["-o", str(tmp_path / "x.png")] if command == "explain" else []
+    assert run(command, image, *output, "--coverage", "0.80") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "dermlens: no coverage '0.80': this version has off, 0.90, 0.95, 0.99"
 
 
 def test_models_marks_the_served_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +190,7 @@ def test_models_lists_versions_where_none_is_current(
         ("DERMLENS_MODEL_STORE", "/nowhere", "no version of asff-resnet50 is current in /nowhere"),
         ("DERMLENS_MODEL_VERSION", "9", "no version '9' of asff-resnet50"),
         ("DERMLENS_OPERATING_POINT", "lucky", "this version has balanced, sensitivity-95, specificity-95"),
+        ("DERMLENS_COVERAGE", "0.80", "DERMLENS_COVERAGE: "),
         ("DERMLENS_PORT", "many", "DERMLENS_PORT: "),
         ("DERMLENS_ENGINE", "cuda", "torch sees no CUDA device"),
     ],

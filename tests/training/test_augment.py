@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from training.augment import UNIFORMS, augment
+from training.augment import UNIFORMS, augment, mixup
 from training.config import Augmentation
 
 OFF = dict.fromkeys(Augmentation.model_fields, 0.0)
@@ -67,6 +67,35 @@ def test_erase_fills_one_box() -> None:
     changed = ((out - images().float()).abs().sum(dim=1) > 0.1)[0]
     assert bool(changed[8:24, 8:24].float().mean() > 0.95)
     assert not changed[:8].any()
+
+
+def test_tint_gains_one_channel_and_blur_smooths() -> None:
+    x = images().float()
+    redder = augment(images(), middle(u17=1.0), size=32, strength=strength(tint=0.2))
+    assert torch.allclose(redder[:, 0], (x[:, 0] * 1.2).clamp(max=255), atol=1e-2)
+    assert torch.allclose(redder[:, 1:], x[:, 1:], atol=1e-2)
+    soft = augment(images(), middle(u14=1.0), size=32, strength=strength(blur=0.9))
+    assert float(soft.std()) < 0.5 * float(x.std())
+
+
+def test_hairs_come_with_their_probability_and_from_the_image_alone() -> None:
+    grey = torch.full((4, 3, 64, 64), 200, dtype=torch.uint8)
+    uniforms = middle(4, u16=0.3)
+    uniforms[:, 15] = torch.tensor([0.0, 0.1, 0.3, 0.9])
+    out = augment(grey, uniforms, size=64, strength=strength(hairs=0.2))
+    covered = (out < 150).float().mean(dim=(1, 2, 3))
+    assert (covered[:2] > 0.01).all()
+    assert (covered[2:] == 0).all()
+    assert torch.equal(out[1], augment(grey[:1], uniforms[1:2], size=64, strength=strength(hairs=0.2))[0])
+
+
+def test_mixup_mixes_labels_as_it_mixes_images() -> None:
+    levels = torch.tensor([0.0, 100.0, 200.0])
+    x = levels[:, None, None, None].expand(3, 3, 8, 8)
+    mixed, targets = mixup(x, torch.eye(3), alpha=0.4, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(mixed[:, 0, 0, 0], targets @ levels, atol=1e-3)
+    assert torch.allclose(targets.sum(1), torch.ones(3))
+    assert (targets.diagonal() >= 0.5).all()
 
 
 def test_an_image_is_augmented_alike_in_any_batch() -> None:

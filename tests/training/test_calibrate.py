@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from app.model.labels import calibrate
-from training.calibrate import cross_fitted, fit
+from training.calibrate import conformal_quantiles, cross_fitted, fit, judge
 from training.evaluate import calibration_error
 
 
@@ -39,13 +39,55 @@ def test_operating_points_hold_what_they_promise() -> None:
 
 def test_cross_fitting_judges_each_image_by_the_others() -> None:
     labels, logits = overconfident(60)
-    probabilities, positive = cross_fitted(labels, logits)
+    before = cross_fitted(labels, logits).probabilities[:, 1]
     changed = logits.copy()
     changed[0, 1] += 50  # one image moves: its own calibration does not, that of the others may
-    moved, _ = cross_fitted(labels, changed)
+    moved = cross_fitted(labels, changed).probabilities[:, 1]
     ratio = np.log(moved[0] / (1 - moved[0])) / changed[0, 1]
-    assert ratio == pytest.approx(np.log(probabilities[0] / (1 - probabilities[0])) / logits[0, 1], rel=1e-6)
-    assert positive.dtype == bool
+    assert ratio == pytest.approx(np.log(before[0] / (1 - before[0])) / logits[0, 1], rel=1e-6)
+
+
+def test_a_class_of_one_held_out_image_is_refused() -> None:
+    logits = np.zeros((5, 2), dtype=np.float32)
+    with pytest.raises(ValueError, match="a class has 1 held-out images, and a calibration needs 2"):
+        cross_fitted(np.array([0, 0, 0, 0, 1]), logits)
+
+
+def test_cross_fitting_over_folds_judges_each_fold_by_the_others() -> None:
+    labels, logits = overconfident(400)
+    folds = np.arange(400) % 2
+    logits[folds == 1] *= 2  # each fold's network has a temperature of its own
+    judged = cross_fitted(labels, logits, folds=folds)
+    alone = judge(logits[folds == 0], fit(labels[folds == 1], logits[folds == 1]))
+    assert np.array_equal(judged.probabilities[folds == 0], alone.probabilities)
+    assert np.array_equal(judged.decided[folds == 0], alone.decided)
+
+
+@pytest.mark.parametrize("coverage", ["0.90", "0.95"])
+def test_prediction_sets_cover_each_class_as_promised(coverage: str) -> None:
+    labels, logits = overconfident(20000)
+    fresh = slice(10000, None)
+    sets = judge(logits[fresh], fit(labels[:10000], logits[:10000])).sets[coverage]
+    for kind in (0, 1):
+        covered = float(sets[labels[fresh] == kind, kind].mean())
+        assert covered == pytest.approx(float(coverage), abs=0.015)
+
+
+def test_two_images_of_a_class_are_too_few_to_leave_it_out() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.8, 0.2]] + [[0.3, 0.7]] * 50)
+    assert conformal_quantiles(np.array([0, 0] + [1] * 50), probabilities, coverage=0.95) == [0.0, 0.7]
+
+
+def test_more_than_two_classes_have_sets_but_no_operating_point() -> None:
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 3, 300)
+    logits = (np.eye(3)[labels] * 2 + rng.normal(0, 1, (300, 3))).astype(np.float32)
+    fitted = fit(labels, logits)
+    assert fitted.thresholds == {}
+    assert [len(q) for q in fitted.quantiles.values()] == [3, 3]
+    judged = cross_fitted(labels, logits)
+    assert np.array_equal(judged.decided, judged.probabilities.argmax(axis=1))
+    assert 0.85 < float(judged.sets["0.90"][np.arange(300), labels].mean()) < 0.95
 
 
 def test_perfect_separation_still_gives_thresholds_between_nought_and_one() -> None:

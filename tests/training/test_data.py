@@ -42,9 +42,42 @@ def test_turned_twins_share_a_fold_and_every_fold_has_both_classes() -> None:
     for first, twin in ((0, 12), (13, 25)):
         assert dataset.folds[first] == dataset.folds[twin]
     for fold in range(3):
-        training, held_out = dataset.split(fold)
-        assert sorted([*training, *held_out]) == list(range(26))
-        assert set(dataset.labels[held_out].tolist()) == {0, 1}
+        split = dataset.split(fold)
+        assert sorted([*split.training, *split.held_out]) == list(range(26))
+        assert set(dataset.labels[split.held_out].tolist()) == {0, 1}
+    assert len(dataset.split(-1).training) == 26
+
+
+def test_a_second_folder_joins_without_the_twins_of_the_first(folder: Path) -> None:
+    alone = load()
+    for kind, name in enumerate(("benign", "malignant")):
+        (folder.parent / "other" / name).mkdir(parents=True)
+        draw_lesion(kind, 5).transpose(Image.Transpose.ROTATE_180).save(folder.parent / "other" / name / "twin.png")
+        for number in range(100, 106):
+            draw_lesion(kind, number).save(folder.parent / "other" / name / f"{number}.png")
+    both = load(extra="other")
+    assert [name for name in both.names if "twin" in name] == []
+    assert both.names[:26] == alone.names
+    assert np.array_equal(both.folds[:26], alone.folds)
+    assert both.fingerprint != alone.fingerprint
+    assert both.root_fingerprint == alone.root_fingerprint == alone.fingerprint
+    assert both.extra.sum() == 12
+    split = both.split(0)
+    assert len(split.held_out_extra) == 4
+    assert both.extra[split.held_out_extra].all()
+    assert not both.extra[split.held_out].any()
+    assert sorted([*split.training, *split.held_out, *split.held_out_extra]) == list(range(38))
+
+
+def test_twins_of_what_a_start_has_seen_are_left_out(folder: Path) -> None:
+    (folder.parent / "seen" / "anywhere").mkdir(parents=True)
+    draw_lesion(0, 3).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder.parent / "seen" / "anywhere" / "x.png")
+    everything, rest = load(), load(without=["seen"])
+    gone = set(everything.names) - set(rest.names)
+    assert len(gone) >= 1
+    assert all(name.startswith("benign/") for name in gone)
+    with pytest.raises(ValueError, match="the twins of what the start has seen"):
+        load(without=["absent"])
 
 
 def test_the_fingerprint_changes_with_one_byte_and_not_otherwise(folder: Path) -> None:
@@ -86,5 +119,5 @@ def test_real_folds_keep_near_duplicates_together() -> None:
     for group in set(groups.tolist()):
         assert len(set(dataset.folds[groups == group].tolist())) == 1
     assert 2500 < len(set(groups.tolist())) < 2637
-    again = assign_folds(dataset.images, dataset.labels.numpy(), folds=5, seed=42)
+    again = assign_folds(groups, dataset.labels.numpy(), folds=5, seed=42)
     assert np.array_equal(again, dataset.folds)

@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from training.evaluate import all_metrics, calibration_error, decision_metrics, ranking_metrics, with_intervals
+from training.evaluate import (
+    all_metrics,
+    calibration_error,
+    decision_metrics,
+    multiclass_metrics,
+    ranking_metrics,
+    with_intervals,
+)
 
 LABELS = np.array([0, 0, 0, 1, 1])
 PROBABILITIES = np.array([0.1, 0.2, 0.7, 0.6, 0.9])
@@ -17,7 +24,14 @@ def test_ranking_metrics_by_hand() -> None:
 def test_decision_metrics_by_hand() -> None:
     found = decision_metrics(LABELS, PROBABILITIES >= 0.65)
     assert found == pytest.approx(
-        {"accuracy": 3 / 5, "precision": 1 / 2, "sensitivity": 1 / 2, "specificity": 2 / 3, "f1": 1 / 2}
+        {
+            "accuracy": 3 / 5,
+            "balanced_accuracy": 7 / 12,
+            "precision": 1 / 2,
+            "sensitivity": 1 / 2,
+            "specificity": 2 / 3,
+            "f1": 1 / 2,
+        }
     )
 
 
@@ -43,3 +57,12 @@ def test_intervals_hold_their_value_and_shrink_with_data() -> None:
         return metric.high - metric.low
 
     assert width(1000) < width(100) / 2
+
+
+def test_multiclass_metrics_by_hand() -> None:
+    labels = np.array([0, 0, 1, 1, 2, 2])
+    predicted = np.array([0, 0, 1, 1, 2, 1])
+    found = multiclass_metrics(labels, np.eye(3)[predicted] * 0.7 + 0.1, predicted)
+    assert found["accuracy"] == found["balanced_accuracy"] == pytest.approx(5 / 6)
+    # One class against the rest: perfect; one of four others tied with the two; one of two below, tied with the rest
+    assert found["roc_auc"] == pytest.approx((1 + 7 / 8 + 3 / 4) / 3)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -80,7 +81,7 @@ def one_step(world: World) -> dict[str, torch.Tensor]:
     """Gradients that one global batch of 7 images leaves, as read from plain SGD without decay."""
     config = short(batch_size=7)
     dataset = load_dataset(config.data, seed=config.seed, progress=False)
-    training = dataset.split(0)[0][:7]
+    training = dataset.split(0).training[:7]
     model = build(config.model, classes=2, seed=1, images=dataset.images[training])
     before = {k: v.clone() for k, v in model.named_parameters()}
     optimizer = torch.optim.SGD(parameter_groups(model, config.optimisation), lr=1.0)
@@ -156,38 +157,51 @@ def test_early_stop_waits_for_its_patience() -> None:
     assert not stopped_early(rows(3, 2, 2.5, 1.9), 2)
 
 
-def test_the_smoke_run_goes_from_training_to_an_http_answer(tmp_path: Path) -> None:
+def test_the_smoke_run_goes_from_training_to_an_http_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole product on drawn images: train, publish, serve, and agree with evaluate."""
     from fastapi.testclient import TestClient
 
     from app.main import create_app
+    from app.model.labels import calibrate
     from app.settings import Settings
     from training.drawn import draw_dataset
     from training.evaluate import main as evaluate
     from training.export import main as export
+    from training.report import read_rows
     from training.train import main as train_main
 
     train_main(["--config", str(SMOKE), "--run-dir", str(tmp_path / "run")])
     export(["--run", str(tmp_path / "run"), "--store", str(tmp_path / "store"), "--promote"])
-    evaluate(["--store", str(tmp_path / "store"), "--csv", str(tmp_path / "held_out.csv")])
+    evaluate(["--store", str(tmp_path / "store")])
     version = tmp_path / "store" / "asff-resnet50" / "1"
     manifest = json.loads((version / "manifest.json").read_text())
     assert manifest["metrics"]["roc_auc"]["value"] > 0.9
     assert set(manifest["operating_points"]) == {"balanced", "sensitivity-95", "specificity-95"}
     card = (version / "MODEL_CARD.md").read_text()
     assert f"| roc_auc | {manifest['metrics']['roc_auc']['value']:.4f} |" in card
-    assert (version / "report" / "held_out.png").read_bytes().startswith(b"\x89PNG")
+    assert f"roc_auc            {manifest['metrics']['roc_auc']['value']:.4f}" in capsys.readouterr().out
+    for picture in ("roc", "confusion", "reliability", "decision_curve", "history"):
+        assert (version / "report" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="published versions never change"):
         export(["--run", str(tmp_path / "run"), "--store", str(tmp_path / "store"), "--version", "1"])
 
     files = {name: data for name, _, data in draw_dataset(["benign", "malignant"])}
-    rows = [line.split(",") for line in (tmp_path / "held_out.csv").read_text().splitlines()[1:]]
+    rows = read_rows(version / "report" / "predictions.csv")
     assert len(rows) == manifest["split"]["held_out_images"] == 20
-    with TestClient(create_app(Settings(model_store=tmp_path / "store"))) as client:
-        for name, _, _, probability in rows:
-            answer = client.post("/predict", content=files[name], headers={"content-type": "image/png"}).json()
-            assert answer["probabilities"]["malignant"] == pytest.approx(float(probability), abs=1e-3)
+    with TestClient(create_app(Settings(model_store=tmp_path / "store", engine="torch"))) as client:
+        for row in rows:
+            answer = client.post("/predict", content=files[row["name"]], headers={"content-type": "image/png"}).json()
+            logits = np.array([float(row["logit_benign"]), float(row["logit_malignant"])], dtype=np.float32)
+            expected = calibrate(logits, manifest["temperature"])[1]
+            assert answer["probabilities"]["malignant"] == pytest.approx(expected, abs=1e-3)
             assert answer["model"]["version"] == "1"
+
+
+def test_a_run_that_holds_nothing_out_trains_on_everything(tmp_path: Path) -> None:
+    config = short(precision="bfloat16")
+    everything = config.model_copy(update={"data": config.data.model_copy(update={"held_out_fold": -1})})
+    train(everything, tmp_path, ALONE, until_epoch=1)
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[0] == "epoch,size,train_loss,seconds"
 
 
 def test_export_refuses_an_unfinished_run(tmp_path: Path) -> None:

@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from app.engines.base import EngineUnavailable, build_engine, warm_up
+from app.engines.base import Attributing, EngineUnavailable, build_engine, warm_up
+from app.engines.torch_engine import AT_ONCE, TorchEngine
 from app.model import store
-from app.model.architecture import from_version
+from app.model.architecture import LesionNet, Output, from_version
+from app.model.overlay import Method
+from app.model.preprocess import decode
 from app.model.store import LoadedVersion
-from tests.conftest import NAME
+from tests.conftest import NAME, encode
+from training.drawn import draw_lesion
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +62,92 @@ def test_warm_up_runs_the_smallest_and_the_largest_batch(loaded: LoadedVersion) 
 
     warm_up(Watched(), size=224, max_batch=3)  # type: ignore[arg-type]  # a stand-in that only watches
     assert sizes == [(1, 3, 224, 224), (3, 3, 224, 224)]
+
+
+@pytest.fixture(scope="module")
+def engine(loaded: LoadedVersion) -> TorchEngine:
+    return TorchEngine(loaded, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def network(loaded: LoadedVersion) -> LesionNet:
+    return from_version(loaded.manifest, loaded.weights)
+
+
+PIXELS = decode(encode(draw_lesion(1, 3)), size=64, max_pixels=10**6).pixels
+FLAT = np.broadcast_to(PIXELS.mean(axis=(1, 2), keepdims=True, dtype=np.float32), PIXELS.shape)
+
+
+@torch.inference_mode()
+def margin(network: LesionNet, pixels: np.ndarray) -> float:
+    """Malignant logit less benign logit."""
+    logits = network(torch.from_numpy(pixels.astype(np.float32))[None]).logits[0]
+    return float(logits[1] - logits[0])
+
+
+def test_integrated_gradients_sum_to_what_the_image_has_above_its_mean_colour(
+    engine: TorchEngine, network: LesionNet
+) -> None:
+    whole = margin(network, PIXELS) - margin(network, FLAT)
+    maps = [engine.attribute(PIXELS, "integrated-gradients", target=target) for target in (0, 1)]
+    assert maps[1].shape == (8, 8)
+    assert maps[1].dtype == np.float32
+    assert maps[1].sum() == pytest.approx(whole, rel=0.05)
+    assert np.allclose(maps[0], -maps[1], atol=1e-5 * np.abs(maps[1]).max())
+
+
+def test_occlusion_is_the_mean_loss_over_the_windows_that_cover_a_cell(engine: TorchEngine, network: LesionNet) -> None:
+    loss, covered = np.zeros((4, 4)), np.zeros((4, 4))
+    for row in range(3):
+        for column in range(3):
+            hidden = PIXELS.astype(np.float32)
+            window = (slice(None), slice(16 * row, 16 * row + 32), slice(16 * column, 16 * column + 32))
+            hidden[window] = FLAT[window]
+            cells = (slice(row, row + 2), slice(column, column + 2))
+            loss[cells] += margin(network, PIXELS) - margin(network, hidden)
+            covered[cells] += 1
+    found = engine.attribute(PIXELS, "occlusion", target=1)
+    assert found.dtype == np.float32
+    assert np.allclose(found, loss / covered, atol=1e-4 * np.abs(loss).max())
+
+
+def test_the_torch_engine_attributes_and_its_gradcam_is_the_cam(engine: TorchEngine) -> None:
+    assert isinstance(engine, Attributing)
+    cam = engine.run(PIXELS[None]).cam[0]
+    assert np.array_equal(engine.attribute(PIXELS, "gradcam", target=1), cam[1])
+
+
+class DarkBlock(torch.nn.Module):
+    """Its malignant logit is the darkness of the 16×16 block in row 1, column 2, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[int] = []
+
+    def forward(self, images: torch.Tensor) -> Output:
+        self.batches.append(len(images))
+        dark = 255 - images[:, :, 16:32, 32:48].mean(dim=(1, 2, 3))
+        return Output(torch.stack([torch.zeros_like(dark), dark], dim=1), torch.zeros(len(images), 2, 4, 4))
+
+
+@pytest.mark.parametrize("method", ["integrated-gradients", "occlusion"])
+def test_the_evidence_is_found_where_it_is_a_few_copies_at_a_time(
+    loaded: LoadedVersion, monkeypatch: pytest.MonkeyPatch, method: Method
+) -> None:
+    seen = DarkBlock()
+    monkeypatch.setattr("app.engines.torch_engine.from_version", lambda *_: seen)
+    image = np.full((3, 64, 64), 200, dtype=np.uint8)
+    image[:, 16:32, 32:48] = 20
+    found = TorchEngine(loaded, device="cpu").attribute(image, method, target=1)
+    cell = 64 // len(found)
+    evidence = np.zeros((64, 64), dtype=bool)
+    evidence[16:32, 32:48] = True
+    inside = evidence[::cell, ::cell]
+    assert found[inside].min() > 10
+    if method == "integrated-gradients":
+        assert np.abs(found[~inside]).max() < 1e-3
+    else:  # its windows are wider than the block: they spill into the next cells, and no further
+        assert found.max() == pytest.approx(found[inside].min())
+        assert not found[:, 0].any()
+        assert not found[3].any()
+    assert max(seen.batches) <= AT_ONCE

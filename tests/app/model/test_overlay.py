@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.model.labels import NOTICE
-from app.model.overlay import Overlay, Style, evidence, render
+from app.model.labels import NOTICE, OFF, judge
+from app.model.overlay import Method, Overlay, Style, aim, evidence, render
+from tests.conftest import make_manifest
 from training.drawn import draw_lesion
 
 CAM = np.full((14, 14), -1, dtype=np.float32)
@@ -63,3 +64,20 @@ def test_the_png_carries_what_it_is_and_the_notice() -> None:
     text = Image.open(io.BytesIO(draw()[0].png)).info
     assert text["Description"] == "why"
     assert text["Disclaimer"] == NOTICE
+
+
+@pytest.mark.parametrize(
+    ("target", "method", "label", "description"),
+    [
+        ("predicted", "gradcam", "malignant", "Grad-CAM for malignant 0.500, asff-resnet50 1"),
+        ("malignant", "occlusion", "malignant", "Occlusion for malignant 0.500, asff-resnet50 1"),
+        ("benign", "integrated-gradients", "benign", "Integrated gradients for benign 0.500, asff-resnet50 1"),
+    ],
+)
+def test_the_target_is_the_decision_or_the_class_that_was_named(
+    target: str, method: Method, label: str, description: str
+) -> None:
+    manifest = make_manifest()
+    judgement = judge(np.zeros(2, np.float32), manifest, "balanced", coverage=OFF)
+    aimed = aim(target, method, judgement=judgement, manifest=manifest)
+    assert (aimed.label, aimed.index, aimed.description) == (label, manifest.classes.index(label), description)

@@ -2,15 +2,18 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from app.model import store
+from app.model.manifest import Metric
 from app.model.store import StoreError, VersionDamaged, VersionExists, VersionMissing
-from tests.conftest import NAME, make_manifest
+from tests.conftest import NAME, make_manifest, make_rule
 
 Publish = Callable[..., Path]
+ABSTENTION = make_rule(0.1, 0.1).model_dump()
 
 
 def test_a_published_version_loads_as_it_was_written(small_store: Publish) -> None:
@@ -44,6 +47,30 @@ def test_a_missing_version_is_refused_and_the_known_ones_named(small_store: Publ
         store.load(small_store("1", "10", "2"), NAME, "3")
 
 
+def test_a_manifest_from_before_abstention_still_loads(small_store: Publish) -> None:
+    root = small_store("1")
+    path = root / NAME / "1" / store.MANIFEST
+    fields = json.loads(path.read_text())
+    for later in ("abstention", "external_metrics", "calibrated_on"):
+        del fields[later]
+    path.write_text(json.dumps(fields))
+    manifest = store.load(root, NAME, "1").manifest
+    assert (manifest.abstention, manifest.external_metrics, manifest.calibrated_on) == ({}, {}, "")
+
+
+def test_an_abstention_rule_is_read_as_it_was_published(tmp_path: Path) -> None:
+    metric = Metric(value=0.8, low=0.7, high=0.9)
+    later: dict[str, Any] = {
+        "abstention": {"0.90": make_rule(0.2, 0.3)},
+        "external_metrics": {"clinics": {"roc_auc": metric}},
+        "calibrated_on": "fold 0",
+    }
+    store.publish(tmp_path, make_manifest(**later), {store.WEIGHTS: b""})
+    manifest = store.read_manifest(tmp_path, NAME, "1")
+    assert manifest.abstention["0.90"].quantiles == {"benign": 0.2, "malignant": 0.3}
+    assert (manifest.external_metrics, manifest.calibrated_on) == ({"clinics": {"roc_auc": metric}}, "fold 0")
+
+
 def edit(root: Path, **changes: object) -> None:
     path = root / NAME / "1" / store.MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -56,6 +83,12 @@ def edit(root: Path, **changes: object) -> None:
         ({"surprise": 1}, "surprise"),
         ({"temperature": 0}, "temperature"),
         ({"operating_points": {}}, "balanced"),
+        (
+            {"abstention": {"0.95": ABSTENTION | {"quantiles": {"benign": 0.1}}}},
+            "0.95: the quantiles are not those of ben",
+        ),
+        ({"abstention": {"0.95": ABSTENTION | {"quantiles": {"benign": 0.1, "malignant": 1.1}}}}, "malignant"),
+        ({"abstention": {"95%": ABSTENTION}}, "abstention.95%"),
         ({"version": "7"}, "describes"),
         ({"files": {}}, r"lists no weights\.safetensors"),
     ],

@@ -1,0 +1,147 @@
+"""The report is made of what a version carries, and of nothing else."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from app.model import store
+from app.model.manifest import Abstention, Metric
+from tests.conftest import NAME, ROOT, make_manifest
+from training.calibrate import cross_fitted
+from training.config import load_config
+from training.evaluate import Figures, add_external
+from training.held_out import HeldOut, predictions_csv
+from training.report import main, read_rows, verdict, write_report
+
+SMOKE = load_config(ROOT / "training" / "configs" / "smoke.toml")
+METRIC = Metric(value=0.91234, low=0.9, high=0.92)
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def pair(**changes: str) -> dict[str, str]:
+    return {
+        "network": "asff-branch",
+        "baseline": "resnet50",
+        "only_network_right": "7",
+        "only_baseline_right": "5",
+        "mcnemar_p": "0.77",
+        "auc_network": "0.95",
+        "auc_baseline": "0.94",
+        "auc_difference": "0.01",
+        "auc_low": "-0.01",
+        "auc_high": "0.03",
+        "delong_p": "0.4",
+    } | changes
+
+
+def publish(root: Path, files: Mapping[str, bytes], **changes: Any) -> Path:
+    labels = np.arange(40) % 2
+    logits = np.stack([np.zeros(40), np.linspace(-3, 3, 40)], axis=1).astype(np.float32)
+    images = HeldOut(
+        [f"{i}.png" for i in range(40)], labels, np.zeros(40, dtype=np.int64), np.zeros(40, dtype=bool), logits
+    )
+    rule = Abstention(
+        quantiles={"benign": 0.3, "malignant": 0.2},
+        coverage={"benign": 0.951, "malignant": 0.949},
+        refer_rate=0.123,
+        fitted_on="here",
+    )
+    fields: dict[str, Any] = {
+        "training_config": SMOKE.model_dump(mode="json"),
+        "metrics": {"roc_auc": METRIC, "accuracy": METRIC},
+        "abstention": {"0.95": rule},
+        "calibrated_on": "40 images of somewhere",
+    }
+    manifest = make_manifest(**fields | changes)
+    carried = {
+        store.WEIGHTS: b"",
+        "report/predictions.csv": predictions_csv(
+            [(images, cross_fitted(labels, logits), manifest.split.data)], ("benign", "malignant")
+        ),
+        "report/history.csv": table([{"epoch": 1, "train_loss": 0.5, "held_out_log_loss": "", "seconds": 60}]),
+    }
+    return store.publish(root, manifest, {**carried, **files})
+
+
+def test_the_report_of_a_version_that_carries_little(tmp_path: Path) -> None:
+    folder = publish(tmp_path, {})
+    write_report(folder)
+    page = (folder / "report" / "report.html").read_text()
+    assert "0.9123 (0.9000–0.9200)" in page
+    assert "0.9717" in page  # the paper's
+    assert "0.123" in page
+    assert "Research use only" in page
+    for heading in ("Robustness", "The comparison", "Skin tone", "Explanations", "Other clinics"):
+        assert f"<h2>{heading}</h2>" not in page
+    for name in ("roc", "confusion", "reliability", "decision_curve", "history"):
+        assert (folder / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f'src="{name}.png"' in page
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert "| roc_auc | 0.9123 | 0.9000 to 0.9200 |" in card
+    assert "| 0.95 | benign 0.951, malignant 0.949 | 0.123 |" in card
+    assert "Dark skin is nearly absent" in card
+    assert "| `none` | 20 | 20 |" in (folder / "DATA_CARD.md").read_text()
+    assert store.verify(tmp_path, NAME, "1").files.keys() == {
+        store.WEIGHTS,
+        "report/predictions.csv",
+        "report/history.csv",
+    }
+
+
+def test_evidence_that_a_version_carries_is_shown(tmp_path: Path) -> None:
+    names = ("accuracy", "precision", "sensitivity", "specificity", "f1", "roc_auc", "pr_auc")
+    row: dict[str, object] = {"network": "asff-branch", "parameters": 31_000_000}
+    row |= {key: 0.9 for name in names for key in (name, f"{name}_low", f"{name}_high")}
+    gates = [{"network": "asff-branch", "quantity": "mean", "at": "", "a": 0.4321}]
+    gates += [
+        {"network": "asff-branch", "quantity": f"sd_between_{k}", "at": "", "a": 0.1} for k in ("images", "channels")
+    ]
+    gates += [{"network": "asff-branch", "quantity": "quantile", "at": str(q), "a": q} for q in (0, 0.5, 1)]
+    add_external(tmp_path / "external.csv", "version 1", "isic2019", Figures(77, {"roc_auc": METRIC}))
+    files = {
+        "report/comparison/table.csv": table([row]),
+        "report/comparison/paired.csv": table([pair()]),
+        "report/comparison/gates.csv": table(gates),
+        "report/external.csv": (tmp_path / "external.csv").read_bytes(),
+    }
+    folder = publish(tmp_path, files, external_metrics={"isic2019": {"roc_auc": METRIC}})
+    main(["--store", str(tmp_path), "--version", "1"])
+    page = (folder / "report" / "report.html").read_text()
+    assert "31.0 M" in page
+    assert "asff-branch does not differ detectably from resnet50 here" in page
+    assert "0.4321" in page
+    assert "77" in page
+    assert (folder / "report" / "gates.png").is_file()
+    assert "### `isic2019`" in (folder / "MODEL_CARD.md").read_text()
+
+
+def test_a_verdict_follows_the_tests() -> None:
+    assert "is better than" in verdict(pair(delong_p="0.01"))
+    assert "is worse than" in verdict(pair(delong_p="0.01", auc_difference="-0.01"))
+    assert "is better than" in verdict(pair(mcnemar_p="0.04"))
+
+
+def test_external_figures_replace_those_of_the_same_setting(tmp_path: Path) -> None:
+    path = tmp_path / "evidence" / "external.csv"
+    for value in (0.7, 0.8):
+        add_external(path, "a", "clinic", Figures(5, {"roc_auc": Metric(value=value, low=0, high=1)}))
+    add_external(path, "b", "clinic", Figures(5, {"roc_auc": METRIC}))
+    assert [(row["setting"], row["value"]) for row in read_rows(path)] == [("a", "0.800000"), ("b", "0.912340")]
+
+
+def test_a_version_without_predictions_says_so(tmp_path: Path) -> None:
+    store.publish(tmp_path, make_manifest(), {store.WEIGHTS: b""})
+    with pytest.raises(SystemExit, match=r"carries no report/predictions\.csv"):
+        main(["--store", str(tmp_path), "--version", "1"])

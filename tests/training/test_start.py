@@ -1,0 +1,90 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from app.model import store
+from tests.conftest import NAME, ROOT, make_manifest, random_model
+from training.config import Config, load_config
+from training.data import Dataset
+from training.start import load_start, refuse_seen, with_version
+
+SMOKE = load_config(ROOT / "training" / "configs" / "smoke.toml")
+
+
+def trained_on(root: str, *, start: str = "random", fold: int = 0, extra: str | None = None) -> Config:
+    fields = SMOKE.model_dump()
+    data = fields["data"] | {"root": root, "extra": extra, "held_out_fold": fold}
+    return Config.model_validate(fields | {"data": data, "model": fields["model"] | {"start": start}})
+
+
+def publish(root: Path, version: str, config: Config, **changes: Any) -> Path:
+    manifest = make_manifest(version, training_config=config.model_dump(mode="json"), **changes)
+    store.publish(root, manifest, {store.WEIGHTS: safetensors.numpy.save({"w": np.zeros(1, dtype=np.float32)})})
+    return root / NAME / version
+
+
+def test_a_version_starts_a_run_with_its_own_function(model_store: Path) -> None:
+    model = random_model("branch_softmax", seed=5)
+    load_start(model, f"version:{model_store / NAME / '1'}")
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = random_model("branch_softmax")(images).logits  # what the store's version was made from
+        assert torch.allclose(model(images).logits, expected, atol=0.05)  # it was rounded to float16
+
+
+def test_with_other_classes_the_last_layer_stays_as_drawn(model_store: Path) -> None:
+    model = random_model("branch_softmax", seed=5, classes=3)
+    drawn = model.head.fc2.weight.clone()
+    load_start(model, f"version:{model_store / NAME / '1'}")
+    assert torch.equal(model.head.fc2.weight, drawn)
+    assert not torch.equal(model.head.fc1.weight, random_model("branch_softmax", seed=5).head.fc1.weight)
+
+
+@pytest.mark.parametrize("gate", [None, "channel_softmax"])
+def test_a_start_of_another_architecture_is_refused(model_store: Path, gate: Any) -> None:
+    with pytest.raises(ValueError, match="another architecture"):
+        load_start(random_model(gate), f"version:{model_store / NAME / '1'}")
+
+
+def images(fingerprint: str, root_fingerprint: str = "f" * 64) -> Dataset:
+    nothing = np.zeros(0, dtype=np.int64)
+    pixels, labels = torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0)
+    return Dataset(pixels, labels, [], nothing, nothing.astype(bool), fingerprint, root_fingerprint)
+
+
+def test_a_start_that_saw_the_held_out_fold_is_refused(tmp_path: Path) -> None:
+    folder = publish(tmp_path, "1", trained_on("skin", extra="clinics"))
+    own = trained_on("skin", start=f"version:{folder}", extra="clinics")
+    refuse_seen(own, images("0" * 64))  # the very data and fold that the version held out
+    for config, dataset in (
+        (own, images("1" * 64)),
+        (own.with_fold(1), images("0" * 64)),
+        (trained_on("clinics", start=f"version:{folder}"), images("1" * 64)),
+    ):
+        with pytest.raises(ValueError, match="may have seen the held-out fold"):
+            refuse_seen(config, dataset)
+        refuse_seen(config.with_fold(-1), dataset)
+    refuse_seen(trained_on("elsewhere", start=f"version:{folder}"), images("2" * 64))
+
+
+def test_a_second_folder_may_join_the_images_of_the_start(tmp_path: Path) -> None:
+    folder = publish(tmp_path, "1", trained_on("skin"))
+    config = trained_on("skin", start=f"version:{folder}", extra="clinics")
+    refuse_seen(config, images("1" * 64, root_fingerprint="0" * 64))
+    with pytest.raises(ValueError, match="may have seen the held-out fold"):
+        refuse_seen(config, images("1" * 64, root_fingerprint="2" * 64))
+
+
+def test_what_the_start_of_a_start_saw_counts_too(tmp_path: Path) -> None:
+    first = publish(tmp_path, "1", trained_on("skin"))
+    second = publish(tmp_path, "2", trained_on("clinics", start=f"version:{first}"))
+    with pytest.raises(ValueError, match="was trained on skin"):
+        refuse_seen(trained_on("skin", start=f"version:{second}"), images("1" * 64))
+    config = with_version(trained_on("third"), second)
+    assert config.data.without == ["clinics", "skin"]
+    assert config.model.start == f"version:{second}"
+    assert config.model.gate == "branch_softmax"
