@@ -257,18 +257,29 @@ def _skin_section(report: Path, skin: str) -> str:
 def _explanation_section(report: Path) -> str:
     if not (report / "explanations.csv").is_file():
         return ""
-    rows = read_rows(report / "explanations.csv")
-    sheet = report / "contact_sheet.png"
-    return (
-        "<h2>Explanations</h2>"
-        + _table(list(rows[0]), [list(row.values()) for row in rows])
-        + (
-            "<p>Outline of the lesion and map of each network, without the photograph, which is not ours to "
-            'distribute.</p><img src="contact_sheet.png" alt="lesion outlines and maps">'
-            if sheet.is_file()
-            else ""
-        )
+    from training.explain_eval import judge
+    from training.explain_eval import read_rows as read_explanations
+
+    found = read_explanations(report / "explanations.csv")
+    rows = [
+        [
+            name,
+            criterion.claim,
+            f"{row.value:.3f} ({row.low:.3f} to {row.high:.3f})",
+            f"{criterion.rule} {criterion.limit:g}",
+            str(row.images),
+            "pass" if passes else "FAIL",
+        ]
+        for name in dict.fromkeys(row.network for row in found)
+        for criterion, row, passes in judge([row for row in found if row.network == name])
+    ]
+    columns = ["network", "claim", "mean (95% interval)", "criterion", "images", "verdict"]
+    sheet = (
+        "<p>Outline of the lesion (a classical segmentation, training/lesion_mask.py) and map of each network, without "
+        "the photograph, which is not ours to distribute.</p>"
+        '<img src="contact_sheet.png" alt="lesion outlines and maps">'
     )
+    return "<h2>Explanations</h2>" + _table(columns, rows) + (sheet if (report / "contact_sheet.png").is_file() else "")
 
 
 def _training_section(manifest: Manifest, history: Sequence[Mapping[str, float]], report: Path) -> str:

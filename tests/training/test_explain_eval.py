@@ -15,26 +15,20 @@ from torch import Tensor, nn
 
 from app.model.architecture import Output
 from tests.conftest import ROOT, random_model
-from training import explain_eval
+from training import explain_checks, explain_eval
 from training.config import load_config
 from training.data import load_dataset
-from training.explain_eval import (
+from training.explain_checks import (
     CHECKS,
     Network,
     Sample,
     area_under_steps,
     centre_blob,
-    contact_sheet,
-    evaluate,
-    held_out_sample,
     inside_share,
-    judge,
-    load_runs,
-    main,
     overlap,
     rank_correlation,
-    summarise,
 )
+from training.explain_eval import contact_sheet, evaluate, held_out_sample, judge, load_runs, main, summarise
 
 SIDE, CELLS = 32, 8
 
@@ -128,8 +122,8 @@ def test_random_weights_destroy_the_map_of_a_network_and_not_that_of_a_picture()
 def test_the_cascade_goes_from_the_head_down_and_leaves_the_network_alone() -> None:
     toy, images = network(Patches(blind=False)), noise(6).images.float()
     before = {name: tensor.clone() for name, tensor in toy.model.state_dict().items()}
-    whole = explain_eval.look(toy, images)
-    stages = dict(explain_eval.cascade(toy, images, seed=0))
+    whole = explain_checks.look(toy, images)
+    stages = dict(explain_checks.cascade(toy, images, seed=0))
     assert list(stages) == ["head", "conv1"]
     assert not np.allclose(stages["head"].cams, whole.cams)
     assert not np.allclose(stages["conv1"].cams, stages["head"].cams)
@@ -189,10 +183,10 @@ def test_images_without_a_mask_are_counted_and_leave_the_shares_alone() -> None:
     sample = bright_spots()
     masks = sample.masks.copy()
     masks[::4] = False
-    found = explain_eval.lesion_share(network(Seeing()), replace(sample, masks=masks))
-    everything = explain_eval.lesion_share(network(Seeing()), sample)
+    found = explain_checks.lesion_share(network(Seeing()), replace(sample, masks=masks))
+    everything = explain_checks.lesion_share(network(Seeing()), sample)
     assert (found["no mask"].mean(), everything["no mask"].mean()) == (0.25, 0)
-    kept = explain_eval.look(network(Seeing()), sample.images.float()).predicted[np.arange(24) % 4 > 0].sum()
+    kept = explain_checks.look(network(Seeing()), sample.images.float()).predicted[np.arange(24) % 4 > 0].sum()
     assert 0 < len(found["map"]) == kept < len(everything["map"])
 
 
@@ -288,10 +282,10 @@ def test_the_command_from_runs_to_verdicts(
 
 
 def test_the_served_network_is_randomised_stage_by_stage() -> None:
-    images, fewer = noise(4).images.float(), [s for s in explain_eval.STAGES if s != "fusion"]
-    for model, stages in ((random_model("branch_softmax"), list(explain_eval.STAGES)), (random_model(None), fewer)):
+    images, fewer = noise(4).images.float(), [s for s in explain_checks.STAGES if s != "fusion"]
+    for model, stages in ((random_model("branch_softmax"), list(explain_checks.STAGES)), (random_model(None), fewer)):
         served = Network("served", model, SIDE)
-        seen = dict(explain_eval.cascade(served, images, seed=0))
+        seen = dict(explain_checks.cascade(served, images, seed=0))
         assert list(seen) == stages
         assert all(np.isfinite(s.cams).all() and s.cams.std() > 0 for s in seen.values())
 
