@@ -1,14 +1,25 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from app.model import store
+from app.model.labels import calibrate
+from tests.conftest import ROOT, make_manifest
+from training.config import Data, load_config
+from training.data import load_dataset
+from training.drawn import draw_lesion
 from training.evaluate import (
     all_metrics,
     calibration_error,
     decision_metrics,
+    main,
     multiclass_metrics,
     ranking_metrics,
+    served_logits,
     with_intervals,
 )
+from training.report import read_rows
 
 LABELS = np.array([0, 0, 0, 1, 1])
 PROBABILITIES = np.array([0.1, 0.2, 0.7, 0.6, 0.9])
@@ -66,3 +77,28 @@ def test_multiclass_metrics_by_hand() -> None:
     assert found["accuracy"] == found["balanced_accuracy"] == pytest.approx(5 / 6)
     # One class against the rest: perfect; one of four others tied with the two; one of two below, tied with the rest
     assert found["roc_auc"] == pytest.approx((1 + 7 / 8 + 3 / 4) / 3)
+
+
+def test_a_version_is_measured_elsewhere_as_it_is_served(
+    tmp_path: Path, random_weights: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, name in enumerate(("benign", "malignant")):
+        for place in ("home", "clinic"):
+            (tmp_path / place / name).mkdir(parents=True)
+        for number in range(8):
+            image = draw_lesion(kind, number, size=(64, 64))
+            image.save(tmp_path / "clinic" / name / f"{number}.png")
+            if number < 2:
+                image.rotate(90).save(tmp_path / "home" / name / f"{number}.png")
+    monkeypatch.setenv("DERMLENS_DATA_DIR", str(tmp_path))
+    config = load_config(ROOT / "training" / "configs" / "smoke.toml").model_dump(mode="json")
+    manifest = make_manifest(training_config=config | {"data": config["data"] | {"root": "home"}})
+    folder = store.publish(tmp_path, manifest, {store.WEIGHTS: random_weights})
+    main(["--store", str(tmp_path), "--version", "1", "--data", "clinic", "--evidence", str(tmp_path)])
+    assert "on 12 images of clinic that it has not seen" in capsys.readouterr().out  # the four twins are left out
+    rows = {row["metric"]: float(row["value"]) for row in read_rows(tmp_path / "external.csv")}
+    dataset = load_dataset(Data(root="clinic", without=["home"]), seed=7, progress=False)
+    positive = calibrate(served_logits(folder, dataset.images), 1.5)[:, 1] >= 0.4
+    assert rows["accuracy"] == pytest.approx(float((positive == dataset.labels.numpy()).mean()), abs=1e-6)
+    with pytest.raises(SystemExit, match="no folder"):
+        main(["--store", str(tmp_path), "--version", "1", "--data", "nowhere"])
