@@ -60,7 +60,7 @@ The full report is [report/report.html](report/report.html), the data are descri
 
 {split.training_images} images of {_folders(config)}, start `{config["model"]["start"]}`, {epochs} epochs, \
 {seconds / 60:.0f} minutes in all. The published weights are the exponential moving average at the last epoch; no \
-epoch was chosen by its held-out score. The whole configuration is in `manifest.json`.
+epoch was chosen by its held-out score. {_mixture(config)}The whole configuration is in `manifest.json`.
 
 ![loss and ROC-AUC](report/history.png)
 
@@ -139,6 +139,16 @@ def _held_out(manifest: Manifest) -> str:
     return (
         f"Fold {split.held_out_fold} of {split.folds} ({split.held_out_images} images, near-duplicates kept together) "
         "was not trained on."
+    )
+
+
+def _mixture(config: Mapping[str, Any]) -> str:
+    share = config["model"].get("start_share", 0)
+    if not share:
+        return ""
+    return (
+        f"They were then mixed with the weights of the start, whose share is {share:g}: it was chosen among five by "
+        "the held-out scores (docs/experiments.md), so these figures are a little kind to it. "
     )
 
 
