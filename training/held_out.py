@@ -21,7 +21,9 @@ from training.calibrate import COVERAGES, Judged, cross_fitted, fit, judge
 from training.checkpoint import CHECKPOINT, Run, read_run
 from training.data import Dataset, load_dataset
 from training.evaluate import (
+    Figures,
     Labels,
+    add_external,
     all_metrics,
     multiclass_metrics,
     predict_logits,
@@ -138,6 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.held_out", description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="runs that each held out a fold")
     parser.add_argument("--evidence", type=Path, default=Path("runs/evidence"), help="predictions.csv goes here")
+    parser.add_argument("--setting", help="put the figures into external.csv under this name instead")
     options = parser.parse_args(arguments)
     try:
         held_out = predict_held_out(options.runs)
@@ -149,8 +152,14 @@ def main(arguments: list[str] | None = None) -> None:
     if data.extra:
         parts.append((abroad, judge(abroad.logits, fit(home.labels, home.logits)), data.extra))
     for images, judged, source in parts:
-        print_metrics(f"{len(images.names)} images of {source}, held out", measure(images.labels, judged))
+        found = Figures(len(images.names), measure(images.labels, judged))
+        print_metrics(f"{found.images} images of {source}, held out", found.metrics)
+        if options.setting:
+            add_external(options.evidence / "external.csv", options.setting, Path(source).name, found)
         print(f"referred           {', '.join(f'{c}: {flags.mean():.4f}' for c, flags in judged.referred.items())}")
+    if options.setting:
+        print(f"done: {options.evidence / 'external.csv'}")
+        return
     options.evidence.mkdir(parents=True, exist_ok=True)
     (options.evidence / "predictions.csv").write_bytes(predictions_csv(parts, data.classes))
     print(f"done: {options.evidence / 'predictions.csv'}")

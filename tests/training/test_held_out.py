@@ -17,7 +17,7 @@ from training.calibrate import cross_fitted
 from training.checkpoint import CHECKPOINT, save_checkpoint, write_history
 from training.config import Config
 from training.export import export
-from training.held_out import CACHE, HeldOut, predict_held_out, predictions_csv
+from training.held_out import CACHE, HeldOut, main, predict_held_out, predictions_csv
 from training.report import read_rows
 
 
@@ -76,6 +76,20 @@ def test_a_version_of_all_images_carries_the_figures_of_its_folds(runs: Path, tm
     assert "have seen all of the data" in (folder / "MODEL_CARD.md").read_text()
     assert len(read_rows(folder / "report" / "predictions.csv")) == 40
     assert (folder / "report" / "fold1.csv").is_file()
+
+
+def test_the_command_writes_predictions_or_figures_of_a_setting(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--runs", str(runs / "fold0"), str(runs / "fold1"), "--evidence", str(tmp_path)]
+    main(command)
+    assert "40 images of drawn, held out" in capsys.readouterr().out
+    assert len(read_rows(tmp_path / "predictions.csv")) == 40
+    main([*command, "--setting", "two folds"])
+    rows = read_rows(tmp_path / "external.csv")
+    assert {(row["setting"], row["data"], row["images"]) for row in rows} == {("two folds", "drawn", "40")}
+    with pytest.raises(SystemExit, match="not different folds of one recipe"):
+        main(["--runs", str(runs / "fold-1")])
 
 
 def test_predictions_keep_every_image_and_who_is_referred() -> None:
