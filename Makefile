@@ -1,11 +1,12 @@
 # make serve   environment, install, server on :8000 with the bundled model
 # make test    the same environment, then the suite
+# make bench   the engines, decoding, and the server as its load grows; bench-peers: the server beside others
 # make report  the served version's report again, from the CSV files it carries
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup serve test check report
+.PHONY: setup serve test check report bench bench-peers
 
 setup: $(INSTALLED)
 
@@ -25,6 +26,13 @@ test: setup
 
 report: setup
 	$(VENV)/bin/python -m training.report
+
+bench: setup
+	$(VENV)/bin/python benchmarks/engine.py
+	$(VENV)/bin/python benchmarks/growth.py
+
+bench-peers: setup
+	$(VENV)/bin/python benchmarks/compare.py
 
 check: setup
 	$(VENV)/bin/ruff format --check .

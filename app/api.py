@@ -19,8 +19,8 @@ from app.errors import KINDS, report
 from app.metrics import Metrics
 from app.model.labels import PREDICTED, Judgement, check_choices, judge
 from app.model.manifest import Manifest
-from app.model.overlay import Method, MethodNotServed, Overlay, Style, aim, render
-from app.model.preprocess import DecodedImage, decode
+from app.model.overlay import Method, Overlay, Style, aim, render
+from app.model.preprocess import PREVIEW_SIDE, DecodedImage, JpegDecoder, decode
 from app.schemas import (
     BatchItem,
     Explanation,
@@ -42,7 +42,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 
 
 class Attribute(Protocol):
-    """`app.engines.base.Attributing.attribute`."""
+    """`app.engines.base.Engine.attribute`."""
 
     def __call__(self, image: NDArray[np.uint8], method: Method, *, target: int) -> NDArray[np.float32]: ...
 
@@ -52,7 +52,8 @@ class Service:
     """What the routes need, built once in `main`."""
 
     batcher: MicroBatcher
-    attribute: Attribute | None  # for the device thread alone; None: the engine has Grad-CAM only
+    attribute: Attribute  # for `batcher.call` alone
+    jpeg: JpegDecoder | None  # in place of Pillow
     manifest: Manifest
     metrics: Metrics
     list_models: Callable[[], list[ModelInfo]]
@@ -120,10 +121,15 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
 
     chosen_rule = Depends(choose_rule)
 
-    async def see(data: bytes, rule: Rule) -> Answer:
+    async def see(data: bytes, rule: Rule, *, preview_side: int = 0) -> Answer:
         """Decode, run and judge one image."""
         size, manifest = service.manifest.preprocessing.size, service.manifest
-        image = await in_worker("decode", lambda: decode(data, size=size, max_pixels=service.max_pixels))
+        image = await in_worker(
+            "decode",
+            lambda: decode(
+                data, size=size, max_pixels=service.max_pixels, preview_side=preview_side, jpeg=service.jpeg
+            ),
+        )
         result = await service.batcher.submit(image.pixels, timeout_s=service.timeout_s)
         metrics.stage_seconds.labels(stage="queue").observe(result.queue_s)
         metrics.stage_seconds.labels(stage="forward").observe(result.forward_s)
@@ -188,18 +194,15 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
     ) -> Response:
         """Show where the evidence lies: a PNG, or JSON for `Accept: application/json`."""
         check_choices(service.manifest, target=target)
-        attribute = None if method == "gradcam" else service.attribute
-        if method != "gradcam" and attribute is None:
-            raise MethodNotServed(method)
         data = await read_one(request)
         started = time.monotonic()
-        answer = await see(data, rule)
+        answer = await see(data, rule, preview_side=PREVIEW_SIDE)
         shown = aim(target, method, judgement=answer.judgement, manifest=service.manifest)
         raw = answer.result.cam[shown.index]
-        if attribute is not None:
+        if method != "gradcam":
             with metrics.stage_seconds.labels(stage="attribute").time():
                 raw = await service.batcher.call(
-                    lambda: attribute(answer.image.pixels, method, target=shown.index),
+                    lambda: service.attribute(answer.image.pixels, method, target=shown.index),
                     timeout_s=service.timeout_s - (time.monotonic() - started),
                 )
 

@@ -1,4 +1,4 @@
-"""One bounded queue, one device thread. A batch leaves as soon as the device is free."""
+"""One bounded queue before one device. A batch leaves as soon as the device is free."""
 
 import asyncio
 import math
@@ -68,10 +68,11 @@ class MicroBatcher:
     """Joins concurrent `submit`s into batches for `run`; all its state lives on the event loop, so there is no lock.
 
     Args:
-        run: uint8[B,...] -> outputs with B rows; called from one thread, never twice at a time.
+        run: uint8[B,...] -> outputs with B rows.
         max_batch: images per batch at most.
         max_wait_ms: how long an idle device waits for a fuller batch; 0 sends at once.
         max_queue: images and calls waiting at most.
+        in_flight: batches in `run` at once, each in a thread; more than one only where the device overlaps them.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class MicroBatcher:
         max_batch: int,
         max_wait_ms: float,
         max_queue: int,
+        in_flight: int = 1,
     ) -> None:
         self._run = run
         self._max_batch = max_batch
@@ -88,7 +90,9 @@ class MicroBatcher:
         self._max_queue = max_queue
         self._waiting: deque[_Image | _Call] = deque()
         self._arrival = asyncio.Event()
-        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._in_flight = in_flight
+        self._device = ThreadPoolExecutor(in_flight, thread_name_prefix="device")
+        self._forwards: set[asyncio.Task[None]] = set()  # batches on the device now
         self._loop_task: asyncio.Task[None] | None = None
         self._seconds_per_image = 0.1  # a guess until the first batch; feeds Retry-After alone
         self._closing = False
@@ -107,7 +111,7 @@ class MicroBatcher:
         self._loop_task = asyncio.create_task(self._form_batches(), name="batcher")
 
     async def stop(self) -> None:
-        """Take no more work, finish what was accepted, and end the device thread."""
+        """Take no more work, finish what was accepted, and end the device threads."""
         self._closing = True
         self._arrival.set()
         if self._loop_task is not None:
@@ -149,11 +153,22 @@ class MicroBatcher:
                 await asyncio.sleep(self._max_wait_s)
             work = self._take()
             if isinstance(work, _Call):
+                await self._until_running(0)
                 await self._run_alone(work)
             elif work:
-                await self._forward(work)
+                forward = asyncio.create_task(self._forward(work))
+                self._forwards.add(forward)
+                forward.add_done_callback(self._forwards.discard)
+                # The next batch is formed when it can run, and takes in what arrives until then
+                await self._until_running(self._in_flight - 1)
             if not self._waiting and not self._closing:
                 self._arrival.clear()
+        await self._until_running(0)
+
+    async def _until_running(self, most: int) -> None:
+        """Wait until at most so many batches are on the device."""
+        while len(self._forwards) > most:
+            await asyncio.wait(self._forwards, return_when=asyncio.FIRST_COMPLETED)
 
     def _take(self) -> list[_Image] | _Call:
         """The next batch or call. A caller that left or ran out of time has cancelled its future, and is dropped."""

@@ -11,12 +11,12 @@ import uvicorn
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from app.engines.base import Attributing, EngineUnavailable
+from app.engines.base import EngineUnavailable
 from app.main import OpenModel, create_app, list_models, open_model
 from app.model import store
 from app.model.labels import NOTICE, PREDICTED, Judgement, check_choices, judge
-from app.model.overlay import METHODS, MethodNotServed, aim, render
-from app.model.preprocess import DecodedImage, ImageError, decode
+from app.model.overlay import METHODS, aim, render
+from app.model.preprocess import PREVIEW_SIDE, DecodedImage, ImageError, decode
 from app.settings import Settings
 
 
@@ -100,12 +100,10 @@ def _explain(options: argparse.Namespace, settings: Settings) -> int:
     )
     if not 0 <= options.alpha <= 1:
         raise ValueError("--alpha: give a number from 0 to 1")
-    image, cam, judgement = _see(options.file, model, settings)
+    image, cam, judgement = _see(options.file, model, settings, preview_side=PREVIEW_SIDE)
     shown = aim(options.target, options.method, judgement=judgement, manifest=model.manifest)
     raw = cam[shown.index]
     if options.method != "gradcam":
-        if not isinstance(model.engine, Attributing):
-            raise MethodNotServed(options.method)
         raw = model.engine.attribute(image.pixels, options.method, target=shown.index)
     overlay = render(raw, image.preview, style=options.style, alpha=options.alpha, description=shown.description)
     options.output.write_bytes(overlay.png)
@@ -114,9 +112,16 @@ def _explain(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def _see(path: Path, model: OpenModel, settings: Settings) -> tuple[DecodedImage, NDArray[np.float32], Judgement]:
+def _see(
+    path: Path, model: OpenModel, settings: Settings, *, preview_side: int = 0
+) -> tuple[DecodedImage, NDArray[np.float32], Judgement]:
     """Decode, run and judge one file; the map is float32[K,H,W]."""
-    image = decode(path.read_bytes(), size=model.manifest.preprocessing.size, max_pixels=settings.max_pixels)
+    image = decode(
+        path.read_bytes(),
+        size=model.manifest.preprocessing.size,
+        max_pixels=settings.max_pixels,
+        preview_side=preview_side,
+    )
     logits, cam = model.engine.run(image.pixels[None])
     judgement = judge(logits[0], model.manifest, settings.operating_point, coverage=settings.coverage)
     return image, cam[0], judgement

@@ -13,7 +13,6 @@ from starlette.responses import JSONResponse
 from app.batcher import DeadlineExceeded, QueueFull, ShuttingDown
 from app.metrics import Metrics
 from app.model.labels import UnknownChoice
-from app.model.overlay import MethodNotServed
 from app.model.preprocess import FormatNotServed, ImageTooLarge, ImageTooSmall, NotAnImage
 from app.schemas import Problem
 from app.upload import BodyTooLarge, MalformedUpload, UnsupportedBody
@@ -39,7 +38,6 @@ KINDS: Mapping[type[Exception], Kind] = {
     FormatNotServed: Kind(415, "format-not-served", "The image format is not served"),
     ImageTooSmall: Kind(422, "image-too-small", "The image has too few pixels"),
     InvalidParameter: Kind(422, "invalid-parameter", "A parameter is not valid"),
-    MethodNotServed: Kind(422, "method-not-served", "The engine cannot explain by this method"),
     UnknownChoice: Kind(422, "invalid-parameter", "A parameter is not valid"),
     QueueFull: Kind(503, "queue-full", "The server is busy"),
     ShuttingDown: Kind(503, "not-ready", "The server is not ready"),

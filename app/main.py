@@ -12,7 +12,7 @@ from fastapi.responses import RedirectResponse
 
 from app.api import Service, build_router
 from app.batcher import MicroBatcher
-from app.engines.base import Attributing, Engine, build_engine, warm_up
+from app.engines.base import Engine, build_decoder, build_engine, warm_up
 from app.errors import install
 from app.metrics import Metrics
 from app.middleware import RequestContext
@@ -50,7 +50,8 @@ def open_model(settings: Settings) -> OpenModel:
         operating_point=settings.operating_point if manifest.operating_points else None,
         coverage=settings.coverage if manifest.abstention else None,
     )
-    return OpenModel(build_engine(settings.engine, loaded, threads=settings.cpu_threads), manifest)
+    engine = build_engine(settings.engine, loaded, precision=settings.precision, threads=settings.cpu_threads)
+    return OpenModel(engine, manifest)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -60,12 +61,22 @@ def create_app(settings: Settings) -> FastAPI:
     max_batch = settings.max_batch or (8 if engine.device == "cpu" else 32)
     warm_up(engine, size=manifest.preprocessing.size, max_batch=max_batch)
     batcher = MicroBatcher(
-        engine.run, max_batch=max_batch, max_wait_ms=settings.max_wait_ms, max_queue=settings.max_queue
+        engine.run,
+        max_batch=max_batch,
+        max_wait_ms=settings.max_wait_ms,
+        max_queue=settings.max_queue,
+        in_flight=engine.in_flight,
     )
     metrics = Metrics()
     metrics.watch_queue(lambda: batcher.depth)
     metrics.model_info.info(
-        {"name": manifest.name, "version": manifest.version, "engine": engine.name, "device": engine.device}
+        {
+            "name": manifest.name,
+            "version": manifest.version,
+            "engine": engine.name,
+            "device": engine.device,
+            "precision": engine.precision,
+        }
     )
 
     @asynccontextmanager
@@ -77,7 +88,8 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="dermlens", description=DESCRIPTION, version=installed_version("dermlens"), lifespan=lifespan)
     service = Service(
         batcher=batcher,
-        attribute=engine.attribute if isinstance(engine, Attributing) else None,
+        attribute=engine.attribute,
+        jpeg=build_decoder(settings.decoder),
         manifest=manifest,
         metrics=metrics,
         list_models=lambda: list_models(settings.model_store, manifest.name, manifest.version),

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from app.engines.base import EngineName
+from app.engines.base import DecoderName, EngineName, Precision
 
 
 class Settings(BaseSettings):
@@ -26,8 +26,13 @@ class Settings(BaseSettings):
     coverage: Literal["off", "0.90", "0.95"] = Field(
         "0.95", description="Coverage of the abstention rule, where the version has one; `off` never refers."
     )
-    engine: EngineName = Field("auto", description="`auto` takes CUDA where there is one, else torch on the CPU.")
-    cpu_threads: int = Field(0, ge=0, description="CPU threads of a forward pass; 0 for torch's default.")
+    engine: EngineName = Field("auto", description="`auto` takes CUDA where there is one, else OpenVINO on the CPU.")
+    precision: Literal["auto"] | Precision = Field(
+        "auto",
+        description="Of OpenVINO; `auto` takes bfloat16 where the processor has it, else int8 if the version does.",
+    )
+    cpu_threads: int = Field(0, ge=0, description="CPU threads of a forward pass; 0 for every core.")
+    decoder: DecoderName = Field("pillow", description="`nvjpeg` decodes the JPEGs of /predict on the GPU.")
     decode_threads: int = Field(4, ge=1, description="Images decoded or drawn at once.")
     max_batch: int = Field(0, ge=0, description="Images per forward pass; 0 for 32 on CUDA and 8 on the CPU.")
     max_wait_ms: float = Field(0, ge=0, description="How long an idle device waits for a fuller batch, milliseconds.")

@@ -134,7 +134,7 @@ def small_store(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def client(model_store: Path) -> Iterator[TestClient]:
     settings = Settings(
-        model_store=model_store, engine="torch", max_batch=4, max_upload_bytes=2_000_000, max_batch_files=4
+        model_store=model_store, precision="float32", max_batch=4, max_upload_bytes=2_000_000, max_batch_files=4
     )
     with TestClient(create_app(settings), raise_server_exceptions=False) as client:
         yield client

@@ -5,12 +5,15 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
+from app.engines.base import Precision, build_engine
+from app.engines.openvino_engine import computes_bfloat16
 from app.main import create_app
 from app.model import store
 from app.model.labels import calibrate
 from app.model.preprocess import decode
 from app.settings import Settings
 from tests.conftest import NAME, ROOT, SHARED_DATA, needs_real_data
+from training.quantize import cam_correlation
 
 STORE = ROOT / "model_store"
 
@@ -38,3 +41,33 @@ def test_http_and_training_agree_on_fifty_real_images() -> None:
             answer = client.post("/predict", files={"file": ("x.jpg", data, "image/jpeg")}).json()
             assert answer["probabilities"]["malignant"] == pytest.approx(probabilities[1], abs=1e-3)
     assert len(expected) == 50
+
+
+def agreement(precision: Precision) -> tuple[np.ndarray, np.ndarray]:
+    """Of the bundled version on real images: difference in probability from torch [N], correlation of the maps [N]."""
+    loaded = store.load(STORE, NAME, store.current(STORE, NAME))
+    folder = SHARED_DATA / "isic2020" / "train"
+    paths = [path for kind in ("benign", "malignant") for path in sorted((folder / kind).iterdir())[7::60]]
+    images = np.stack([decode(path.read_bytes()).pixels for path in paths])
+    expected = build_engine("torch", loaded).run(images)
+    engine = build_engine("openvino", loaded, precision=precision)
+    batches = [engine.run(images[start : start + 8]) for start in range(0, len(images), 8)]
+    logits = np.concatenate([batch.logits for batch in batches])
+    moved = calibrate(logits, loaded.manifest.temperature) - calibrate(expected.logits, loaded.manifest.temperature)
+    maps = np.concatenate([batch.cam for batch in batches])
+    return np.abs(moved[:, 1]), cam_correlation(maps[:, 1], expected.cam[:, 1])
+
+
+@needs_real_data
+def test_openvino_in_float32_agrees_with_torch() -> None:
+    moved, likeness = agreement("float32")
+    assert moved.max() < 1e-3
+    assert likeness.min() > 0.9999
+
+
+@needs_real_data
+@pytest.mark.skipif(not computes_bfloat16(), reason="this processor does not compute in bfloat16")
+def test_openvino_in_bfloat16_agrees_with_torch() -> None:
+    moved, likeness = agreement("bfloat16")
+    assert moved.max() < 2e-2
+    assert likeness.min() > 0.99

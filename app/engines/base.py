@@ -1,14 +1,18 @@
 """What serving needs of an engine, and the choice of one."""
 
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+import ctypes
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from app.model.overlay import Method
+from app.model.preprocess import JpegDecoder
 from app.model.store import LoadedVersion
 
-EngineName = Literal["auto", "cuda", "torch"]
+EngineName = Literal["auto", "cuda", "openvino", "torch"]
+Precision = Literal["float32", "bfloat16", "int8"]
+DecoderName = Literal["pillow", "nvjpeg"]
 
 
 class Output(NamedTuple):
@@ -19,22 +23,24 @@ class Output(NamedTuple):
 
 
 class Engine(Protocol):
-    """Runs batches of one model version on one device; called from one thread at a time."""
+    """Runs batches of one model version on one device."""
 
     name: str
     device: str
+    in_flight: int  # threads that may be in `run` at once
+
+    @property
+    def precision(self) -> str: ...
 
     def run(self, images: NDArray[np.uint8]) -> Output:
         """uint8[B,3,S,S] RGB -> `Output`."""
         ...
 
-
-@runtime_checkable
-class Attributing(Protocol):
-    """An engine that explains by methods which need gradients or many passes; called as `run` is."""
-
     def attribute(self, image: NDArray[np.uint8], method: Method, *, target: int) -> NDArray[np.float32]:
-        """uint8[3,S,S] -> signed map float32[H,W] in logits: positive where the image argues for class `target`."""
+        """uint8[3,S,S] -> signed map float32[H,W] in logits: positive where the image argues for class `target`.
+
+        For one thread alone, and never beside `run`: it takes many passes, or gradients.
+        """
         ...
 
 
@@ -42,25 +48,69 @@ class EngineUnavailable(RuntimeError):
     """The engine that was asked for cannot run here."""
 
 
-def build_engine(name: EngineName, version: LoadedVersion, *, threads: int) -> Engine:
-    """The engine of that name, loaded; `auto` takes CUDA where there is one, else the CPU.
+def build_engine(
+    name: EngineName, version: LoadedVersion, *, precision: Literal["auto"] | Precision = "auto", threads: int = 0
+) -> Engine:
+    """The engine of that name, loaded; `auto` takes CUDA where there is one, else OpenVINO.
 
     Args:
+        precision: of OpenVINO, see `openvino_engine.choose_precision`; the others have one each.
         threads: CPU threads of a forward pass, 0 for the library's default.
 
     Raises:
-        EngineUnavailable: there is no such device.
+        EngineUnavailable: there is no such device, or it does not compute in that precision.
         ValueError: the weights do not fit.
     """
-    from app.engines.torch_engine import TorchEngine, cuda_available
+    if name == "cuda" or (name == "auto" and nvidia_driver()):
+        from app.engines.torch_engine import cuda_available
 
-    if name == "cuda" and not cuda_available():
-        raise EngineUnavailable("DERMLENS_ENGINE=cuda, but torch sees no CUDA device: use auto, or check the driver")
-    device: Literal["cpu", "cuda"] = "cuda" if name == "cuda" or (name == "auto" and cuda_available()) else "cpu"
-    return TorchEngine(version, device=device, threads=threads)
+        if cuda_available():
+            _only_auto(precision, engine="cuda", own="float16")
+            from app.engines.cuda_engine import CudaEngine
+
+            return CudaEngine(version)
+        if name == "cuda":
+            raise EngineUnavailable(
+                "DERMLENS_ENGINE=cuda, but torch sees no CUDA device: use auto, or check the driver"
+            )
+    if name == "torch":
+        from app.engines.torch_engine import TorchEngine
+
+        _only_auto(precision, engine="torch", own="float32")
+        return TorchEngine(version, device="cpu", threads=threads)
+    from app.engines.openvino_engine import OpenVinoEngine
+
+    return OpenVinoEngine(version, precision=precision, threads=threads)
+
+
+def build_decoder(name: DecoderName) -> JpegDecoder | None:
+    """What decodes JPEGs in place of Pillow; None for Pillow itself.
+
+    Raises:
+        EngineUnavailable: there is no CUDA device.
+    """
+    if name == "pillow":
+        return None
+    from app.engines.nvjpeg import NvJpeg
+
+    return NvJpeg()
+
+
+def nvidia_driver() -> bool:
+    """Whether an NVIDIA driver is installed: milliseconds, where asking torch costs seconds and its memory."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _only_auto(precision: str, *, engine: str, own: str) -> None:
+    if precision not in ("auto", own):
+        raise EngineUnavailable(f"DERMLENS_PRECISION={precision}, but the {engine} engine computes in {own}: use auto")
 
 
 def warm_up(engine: Engine, *, size: int, max_batch: int) -> None:
-    """Run the smallest and the largest batch once, so that no request pays for lazy initialisation."""
-    for batch in sorted({1, max_batch}):
+    """Run every batch size once, so that no request pays for lazy initialisation."""
+    for batch in range(1, max_batch + 1):
         engine.run(np.zeros((batch, 3, size, size), dtype=np.uint8))

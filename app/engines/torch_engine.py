@@ -1,6 +1,5 @@
-"""Torch: half precision on CUDA, float32 on the CPU, where it is the reference for every other engine."""
+"""Torch in float32: the reference for every other engine, and what explains by gradients and by many passes."""
 
-import copy
 from typing import Literal
 
 import numpy as np
@@ -9,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from app.engines.base import Output
-from app.model.architecture import LesionNet, from_version
+from app.model.architecture import from_version
 from app.model.overlay import Method
 from app.model.store import LoadedVersion
 
@@ -26,24 +25,24 @@ class TorchEngine:
     """One version on one device, channels-last, without autograd."""
 
     name = "torch"
+    precision = "float32"
+    in_flight = 1
 
     def __init__(self, version: LoadedVersion, *, device: Literal["cpu", "cuda"], threads: int = 0) -> None:
         if threads:
             torch.set_num_threads(threads)
         self.device = torch.cuda.get_device_name() if device == "cuda" else "cpu"
         self._torch_device = torch.device(device)
-        # Not run on a GPU yet (docs/decisions/002-no-gpu-here.md)
-        dtype = torch.float16 if device == "cuda" else torch.float32
         # Without requires_grad a backward pass of `attribute` keeps nothing for the weights
         model = from_version(version.manifest, version.weights).requires_grad_(False)
-        self._model = model.to(self._torch_device, dtype).to(memory_format=torch.channels_last)
+        self._model = model.to(self._torch_device).to(memory_format=torch.channels_last)
 
     def run(self, images: NDArray[np.uint8]) -> Output:
         """uint8[B,3,S,S] -> logits float32[B,K] and cam float32[B,K,S/16,S/16]; bytes cross to the device."""
         with torch.inference_mode():
             batch = torch.from_numpy(images).to(self._torch_device).contiguous(memory_format=torch.channels_last)
             logits, cam = self._model(batch)
-            return Output(logits.float().cpu().numpy(), cam.float().cpu().numpy())
+            return Output(logits.cpu().numpy(), cam.cpu().numpy())
 
     def attribute(self, image: NDArray[np.uint8], method: Method, *, target: int) -> NDArray[np.float32]:
         """uint8[3,S,S] -> signed map of the evidence for class `target`, in the CAM's target and logits.
@@ -60,13 +59,12 @@ class TorchEngine:
             return cam
         from captum.attr import IntegratedGradients, Occlusion  # seconds to import, for two methods that few ask for
 
-        network = self._in_float32()
         pixels = torch.from_numpy(image[None]).to(self._torch_device, torch.float32)
         baseline = pixels.mean(dim=(2, 3), keepdim=True).expand_as(pixels)
 
         def margin(images: Tensor) -> Tensor:
             """`logit_c − mean of the other logits` [B] of float[B,3,S,S] in 0..255, the target of the CAM too."""
-            logits: Tensor = network(images.contiguous(memory_format=torch.channels_last)).logits
+            logits: Tensor = self._model(images.contiguous(memory_format=torch.channels_last)).logits
             mine = logits[:, target]
             return mine - (logits.sum(dim=1) - mine) / (logits.shape[1] - 1)
 
@@ -82,9 +80,3 @@ class TorchEngine:
             cells = torch.nn.functional.avg_pool2d(raw.sum(dim=1, keepdim=True), 8) * 64
         found: NDArray[np.float32] = cells[0, 0].float().cpu().numpy()
         return found
-
-    def _in_float32(self) -> LesionNet:
-        """The network; on CUDA a copy, since the gradients of single pixels vanish in half precision."""
-        if self._torch_device.type == "cpu":
-            return self._model
-        return copy.deepcopy(self._model).float()

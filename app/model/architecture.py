@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torchvision.models.resnet import resnet50
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.resnet import Bottleneck, resnet50
 
 from app.model.manifest import Gate, Manifest, StrideVariant
 
@@ -149,6 +150,19 @@ class LesionNet(nn.Module):
     def forward(self, images: Tensor) -> Output:
         output: Output = self.head(self.forward_features(images))
         return output
+
+
+def fold_batch_norm(model: LesionNet) -> LesionNet:
+    """The same function without batch norm, each folded into the convolution before it; for eval mode alone."""
+    for block in (model.trunk, *(m for m in model.trunk.modules() if isinstance(m, Bottleneck))):
+        names = [n for n, m in block.named_children() if isinstance(m, nn.BatchNorm2d)]
+        for name in names:
+            conv = name.replace("bn", "conv")
+            setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), getattr(block, name)))
+            setattr(block, name, nn.Identity())
+        if (shortcut := getattr(block, "downsample", None)) is not None:
+            block.downsample = nn.Sequential(fuse_conv_bn_eval(shortcut[0], shortcut[1]))
+    return model
 
 
 def load_backbone(model: LesionNet, state: Mapping[str, Tensor]) -> None:

@@ -58,6 +58,17 @@ class Metric(Part):
     high: float
 
 
+class Comparison(Part):
+    """One version in two precisions on the same held-out images."""
+
+    images: int
+    float32: dict[str, float]  # metric -> value
+    int8: dict[str, float]
+    probability_difference: dict[str, float]  # of the last class; median, p99, max
+    cam_correlation: dict[str, float]  # of each image's two maps; median, p01, min
+    shipped: bool  # whether int8 was close enough to be in `files`
+
+
 class Split(Part):
     """Where the metrics come from."""
 
@@ -90,6 +101,7 @@ class Manifest(Part):
     metrics: dict[str, Metric]
     external_metrics: dict[str, dict[str, Metric]] = {}  # data set that the split knows nothing of -> its metrics
     calibrated_on: str = ""  # where temperature, operating points and abstention were fitted, in words
+    quantization: Comparison | None = None  # None: int8 was not tried
     split: Split
     training_config: dict[str, Any]
     git_commit: str

@@ -24,13 +24,6 @@ METHODS: dict[Method, str] = {
 ANCHORS = ((16, 18, 64), (84, 24, 128), (176, 42, 110), (240, 104, 48), (255, 184, 40), (255, 250, 160))
 
 
-class MethodNotServed(ValueError):
-    """The engine has no such method."""
-
-    def __init__(self, method: Method) -> None:
-        super().__init__(f"method: this engine has no {method}: give gradcam, or set DERMLENS_ENGINE=torch at start")
-
-
 @dataclass(frozen=True)
 class Aim:
     """What a picture argues for."""

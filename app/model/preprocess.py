@@ -1,6 +1,7 @@
 """Bytes -> checked RGB image -> uint8 tensor. Training and serving decode through this one function."""
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ MAX_PIXELS = 64_000_000  # unless the caller says otherwise
 MIN_SIDE = 16  # below this there is nothing to look at
 LOW_RESOLUTION_SIDE = 200  # the training images have 224
 MAX_ASPECT = 2.5  # dermoscopes give at most 16:9; squashing more than this distorts the lesion
+PREVIEW_SIDE = 1024  # pixels, for a screen
 REDUCING_GAP = 2  # decode a JPEG at no less than twice the target, so that the last resize still filters
 
 # What undoes each EXIF orientation (EXIF 2.3, tag 0x0112)
@@ -25,6 +27,10 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 SIDEWAYS = (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
+
+
+# Whole JPEG file, side -> uint8[3,side,side] RGB as the file has it, its EXIF turn not undone
+JpegDecoder = Callable[[bytes, int], NDArray[np.uint8]]
 
 
 class ImageError(ValueError):
@@ -52,14 +58,21 @@ class DecodedImage:
     """A decoded upload: what the model sees, what a person is shown, and what was noticed."""
 
     pixels: NDArray[np.uint8]  # uint8[3,size,size] RGB
-    preview: Image.Image  # RGB, upright, own aspect ratio, at most `preview_side` on the longer side
+    preview: Image.Image  # RGB, upright; see `decode`
     width: int  # pixels, upright, as uploaded
     height: int
     format: str
     warnings: tuple[str, ...]
 
 
-def decode(data: bytes, *, size: int = 224, max_pixels: int = MAX_PIXELS, preview_side: int = 1024) -> DecodedImage:
+def decode(
+    data: bytes,
+    *,
+    size: int = 224,
+    max_pixels: int = MAX_PIXELS,
+    preview_side: int = 0,
+    jpeg: JpegDecoder | None = None,
+) -> DecodedImage:
     """Decode, check and resize one image to `uint8[3,size,size]`.
 
     The aspect ratio is not kept: the paper's images were squashed to a square (docs/decisions/001-squash.md).
@@ -68,7 +81,9 @@ def decode(data: bytes, *, size: int = 224, max_pixels: int = MAX_PIXELS, previe
         data: the whole file.
         size: side of the square that the model takes, pixels.
         max_pixels: largest width × height accepted.
-        preview_side: longest side of the preview, pixels.
+        preview_side: longest side of a preview that keeps the aspect ratio, pixels; with 0 nobody will look, and the
+            preview is what the model sees.
+        jpeg: decodes JPEGs of which no preview is wanted, in place of Pillow; ValueError for one that it cannot.
 
     Raises:
         NotAnImage, ImageTooLarge, ImageTooSmall, FormatNotServed.
@@ -78,25 +93,31 @@ def decode(data: bytes, *, size: int = 224, max_pixels: int = MAX_PIXELS, previe
     _check(image, data, max_pixels)
     # A phone writes a JPEG with a second picture (gain map, preview) behind the first: Pillow calls it MPO
     kind, mode = "JPEG" if image.format == "MPO" else str(image.format), image.mode
-    if kind == "JPEG":
-        # libjpeg scales by 1/2, 1/4 or 1/8 inside the DCT: a 12-megapixel photograph costs a fraction of a full decode
-        image.draft("RGB", (REDUCING_GAP * size, REDUCING_GAP * size))
+    elsewhere = jpeg if (kind, mode) == ("JPEG", "RGB") and not preview_side else None
     try:
-        image.load()
+        if elsewhere is not None:
+            loaded = Image.fromarray(elsewhere(data, size).transpose(1, 2, 0))
+        else:
+            # libjpeg scales by 1/2, 1/4 or 1/8 inside the DCT: a 12-megapixel photograph costs a fraction of a full
+            # decode; other formats know no draft
+            image.draft("RGB", (REDUCING_GAP * size, REDUCING_GAP * size))
+            image.load()
+            loaded = image
     except (OSError, SyntaxError, ValueError, MemoryError, OverflowError, EOFError) as error:
         raise NotAnImage(f"the {kind} file is truncated or damaged: export it again") from error
     turn = TURNS.get(_orientation(image))
-    upright = image if turn is None else image.transpose(turn)
+    upright = loaded if turn is None else loaded.transpose(turn)
     if turn in SIDEWAYS:
         width, height = height, width
     rgb = upright if upright.mode == "RGB" else upright.convert("RGB")
     square = rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BILINEAR)
     pixels = np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
-    if max(rgb.size) > preview_side:
-        rgb.thumbnail((preview_side, preview_side), Image.Resampling.BILINEAR, reducing_gap=REDUCING_GAP)
+    preview = rgb if preview_side else square
+    if preview_side and max(rgb.size) > preview_side:
+        preview.thumbnail((preview_side, preview_side), Image.Resampling.BILINEAR, reducing_gap=REDUCING_GAP)
     return DecodedImage(
         pixels=pixels,
-        preview=rgb,
+        preview=preview,
         width=width,
         height=height,
         format=kind,

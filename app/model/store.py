@@ -1,7 +1,7 @@
 """The model store: publish, verify, load and promote versions. Nothing is unpickled, nothing half-written is seen.
 
 model_store/<name>/current            the served version
-model_store/<name>/<version>/         manifest.json weights.safetensors MODEL_CARD.md report/
+model_store/<name>/<version>/         manifest.json weights.safetensors openvino/ MODEL_CARD.md report/
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -21,6 +22,7 @@ from app.model.manifest import FileRecord, Manifest
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
+INT8 = ("openvino/int8.xml", "openvino/int8.bin")  # graph and its weights, where the version carries them
 
 
 class StoreError(Exception):
@@ -39,10 +41,18 @@ class VersionExists(StoreError):
     """Published versions never change."""
 
 
+class Int8Graph(NamedTuple):
+    """An OpenVINO model, see `training.quantize`."""
+
+    xml: bytes
+    weights: bytes
+
+
 @dataclass(frozen=True)
 class LoadedVersion:
     manifest: Manifest
     weights: dict[str, NDArray[np.generic]]  # as stored: float16 matrices, float32 vectors
+    int8: Int8Graph | None = None
 
 
 def versions(root: Path, name: str) -> list[str]:
@@ -108,8 +118,9 @@ def load(root: Path, name: str, version: str) -> LoadedVersion:
     manifest = read_manifest(root, name, version)
     files = dict.fromkeys((WEIGHTS, *manifest.files))  # weights once, even where the manifest forgets them
     contents = {file: _read_verified(root / name / version, file, manifest) for file in files}
+    int8 = Int8Graph(*(contents[file] for file in INT8)) if set(INT8) <= set(contents) else None
     try:
-        return LoadedVersion(manifest, safetensors.numpy.load(contents[WEIGHTS]))
+        return LoadedVersion(manifest, safetensors.numpy.load(contents[WEIGHTS]), int8)
     except SafetensorError as error:
         raise VersionDamaged(f"{WEIGHTS} of {name} {version} is not a safetensors file: {error}") from None
 

@@ -272,14 +272,14 @@ def test_metrics_count_what_happened(client: TestClient, lesion: bytes) -> None:
     client.post("/explain", content=lesion, headers=JPEG)
     grown = {name: series(client, name) - before[name] for name in names}
     assert [grown[name] for name in names] == [1, 1, 3, 3, 2, 2, 1]
-    model = 'dermlens_model_info{device="cpu",engine="torch",name="asff-resnet50",version="1"}'
+    model = 'dermlens_model_info{device="cpu",engine="openvino",name="asff-resnet50",precision="float32",version="1"}'
     assert series(client, model) == 1
 
 
 def test_a_failing_engine_is_a_500_that_tells_nothing_of_itself(
     model_store: Path, lesion: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    app = create_app(Settings(model_store=model_store))
+    app = create_app(Settings(model_store=model_store, engine="torch"))
     with TestClient(app, raise_server_exceptions=False) as client:
 
         def fail(*_: object) -> None:
@@ -389,30 +389,11 @@ def test_each_method_draws_its_own_map(careful: TestClient, lesion: bytes, metho
     assert grown == (method != "gradcam")
 
 
-def test_an_engine_with_gradcam_only_says_what_to_do_for_the_rest(
-    careful_store: Path, lesion: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from app.engines.base import build_engine
-
-    class Plain:
-        def __init__(self, *given: Any, **options: Any) -> None:
-            whole = build_engine(*given, **options)
-            self.name, self.device, self.run = whole.name, whole.device, whole.run
-
-    monkeypatch.setattr("app.main.build_engine", Plain)
-    with TestClient(create_app(Settings(model_store=careful_store))) as client:
-        for method in ("integrated-gradients", "occlusion"):
-            answer = client.post(f"/explain?method={method}", content=lesion, headers=JPEG)
-            problem = check_problem(answer, 422, "method-not-served")
-            assert "DERMLENS_ENGINE=torch" in problem["detail"]
-        assert client.post("/explain", content=lesion, headers=JPEG).status_code == 200
-
-
 def test_a_method_that_takes_longer_than_the_deadline_is_a_504(
     careful_store: Path, lesion: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     let_go = threading.Event()
-    monkeypatch.setattr("app.engines.torch_engine.TorchEngine.attribute", lambda *_, **__: let_go.wait(10))
+    monkeypatch.setattr("app.engines.openvino_engine.OpenVinoEngine.attribute", lambda *_, **__: let_go.wait(10))
     with TestClient(create_app(Settings(model_store=careful_store, timeout_ms=2_000))) as client:
         answer = client.post("/explain?method=occlusion", content=lesion, headers=JPEG)
         let_go.set()

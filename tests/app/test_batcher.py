@@ -96,6 +96,65 @@ def test_what_waits_while_the_device_is_busy_leaves_together() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_as_many_batches_are_in_flight_as_the_device_takes(in_flight: int) -> None:
+    async def test() -> None:
+        device = Device()
+        async with running(device, in_flight=in_flight, max_batch=2) as batcher:
+            device.gate.clear()
+            tasks = []
+            for number in range(in_flight):  # each leaves at once while the device has room
+                tasks += await queued(batcher, [number])
+                for _ in range(1000):
+                    if len(device.batches) > number:
+                        break
+                    await asyncio.sleep(0.001)
+            tasks += await queued(batcher, [10, 11, 12])
+            await asyncio.sleep(0.02)
+            assert device.batches == [[number] for number in range(in_flight)]
+            assert batcher.depth == 3  # the next batch is formed when it can run
+            device.gate.set()
+            results = await asyncio.gather(*tasks)
+        assert [10, 11] in device.batches
+        assert [int(r.logits[0]) for r in results] == [*range(in_flight), 10, 11, 12]
+
+    run(test)
+
+
+def test_a_call_has_the_device_to_itself() -> None:
+    async def test() -> None:
+        device = Device()
+        async with running(device, in_flight=2) as batcher:
+            first = await occupy(batcher, device)
+            began = threading.Event()
+            call = asyncio.create_task(batcher.call(began.set, timeout_s=10))
+            (later,) = await queued(batcher, [5])
+            await asyncio.sleep(0.02)
+            assert not began.is_set()
+            device.gate.set()
+            await asyncio.gather(first, call, later)
+        assert device.batches == [[0], [5]]
+
+    run(test)
+
+
+def test_stopping_finishes_every_batch_in_flight() -> None:
+    async def test() -> None:
+        device = Device()
+        async with running(device, in_flight=2) as batcher:
+            first = await occupy(batcher, device)
+            device.began.clear()
+            (second,) = await queued(batcher, [1])
+            await asyncio.to_thread(device.began.wait, 10)
+            stopping = asyncio.create_task(batcher.stop())
+            await asyncio.sleep(0.01)
+            device.gate.set()
+            await stopping
+            assert [int(r.logits[0]) for r in await asyncio.gather(first, second)] == [0, 1]
+
+    run(test)
+
+
 def test_an_idle_device_waits_only_where_it_was_told_to() -> None:
     async def test() -> None:
         device = Device()

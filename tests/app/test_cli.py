@@ -1,12 +1,10 @@
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 from app.cli import main
-from app.engines.base import build_engine
 from app.model import store
 from app.model.labels import NOTICE
 from tests.conftest import make_manifest
@@ -15,6 +13,7 @@ from tests.conftest import make_manifest
 @pytest.fixture(autouse=True)
 def _serve_the_random_version(model_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DERMLENS_MODEL_STORE", str(model_store))
+    monkeypatch.setenv("DERMLENS_PRECISION", "float32")
 
 
 @pytest.fixture
@@ -85,21 +84,6 @@ def test_explain_draws_by_other_methods(
     assert run("explain", image, "-o", tmp_path / "b.png", "--method", method, "--target", "malignant") == 0
     assert f"{method.capitalize().replace('-', ' ')} for malignant 0." in capsys.readouterr().out
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
-
-
-@pytest.mark.usefixtures("careful")
-def test_explain_without_such_a_method_says_what_to_do(
-    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Plain:
-        def __init__(self, *given: Any, **options: Any) -> None:
-            self.run = build_engine(*given, **options).run
-
-    monkeypatch.setattr("app.main.build_engine", Plain)
-    assert run("explain", image, "-o", tmp_path / "x.png", "--method", "occlusion") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("dermlens: method: this engine has no occlusion")
-    assert "DERMLENS_ENGINE=torch" in line
 
 
 @pytest.mark.parametrize(

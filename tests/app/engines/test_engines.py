@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.engines.base import Attributing, EngineUnavailable, build_engine, warm_up
+from app.engines.base import EngineUnavailable, build_engine, warm_up
 from app.engines.torch_engine import AT_ONCE, TorchEngine
 from app.model import store
 from app.model.architecture import LesionNet, Output, from_version
@@ -21,7 +21,7 @@ def loaded(model_store: Path) -> LoadedVersion:
 
 
 def test_the_engine_gives_what_the_network_gives(loaded: LoadedVersion) -> None:
-    engine = build_engine("torch", loaded, threads=0)
+    engine = build_engine("torch", loaded)
     images = np.random.default_rng(0).integers(0, 256, (3, 3, 224, 224), dtype=np.uint8)
     output = engine.run(images)
     with torch.inference_mode():
@@ -31,26 +31,39 @@ def test_the_engine_gives_what_the_network_gives(loaded: LoadedVersion) -> None:
     assert output.logits.dtype == output.cam.dtype == np.float32
 
 
-def test_auto_takes_the_cpu_where_there_is_no_gpu(loaded: LoadedVersion, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("driver", [True, False])
+def test_auto_takes_the_cpu_where_there_is_no_gpu(
+    loaded: LoadedVersion, monkeypatch: pytest.MonkeyPatch, driver: bool
+) -> None:
+    monkeypatch.setattr("app.engines.base.nvidia_driver", lambda: driver)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert build_engine("auto", loaded, threads=0).device == "cpu"
+    engine = build_engine("auto", loaded)
+    assert (engine.name, engine.device) == ("openvino", "cpu")
     with pytest.raises(EngineUnavailable, match="use auto"):
-        build_engine("cuda", loaded, threads=0)
+        build_engine("cuda", loaded)
 
 
 def test_auto_takes_cuda_where_there_is_one(loaded: LoadedVersion, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    built: list[LoadedVersion] = []
+    monkeypatch.setattr("app.engines.base.nvidia_driver", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(
-        "app.engines.torch_engine.TorchEngine", lambda _, device, threads: asked.append((device, threads))
-    )
-    build_engine("auto", loaded, threads=3)
-    build_engine("torch", loaded, threads=0)
-    assert asked == [("cuda", 3), ("cpu", 0)]
+    monkeypatch.setattr("app.engines.cuda_engine.CudaEngine", built.append)
+    build_engine("auto", loaded)
+    build_engine("cuda", loaded, precision="auto")
+    assert built == [loaded, loaded]
+    with pytest.raises(EngineUnavailable, match="float16"):
+        build_engine("auto", loaded, precision="int8")
+    assert build_engine("torch", loaded).device == "cpu"
+    assert build_engine("openvino", loaded).device == "cpu"
 
 
-def test_warm_up_runs_the_smallest_and_the_largest_batch(loaded: LoadedVersion) -> None:
-    engine, sizes = build_engine("torch", loaded, threads=0), []
+def test_torch_has_one_precision(loaded: LoadedVersion) -> None:
+    with pytest.raises(EngineUnavailable, match="float32"):
+        build_engine("torch", loaded, precision="bfloat16")
+
+
+def test_warm_up_runs_every_batch_size(loaded: LoadedVersion) -> None:
+    engine, sizes = build_engine("torch", loaded), []
     run = engine.run
 
     class Watched:
@@ -61,7 +74,7 @@ def test_warm_up_runs_the_smallest_and_the_largest_batch(loaded: LoadedVersion) 
             return run(images)
 
     warm_up(Watched(), size=224, max_batch=3)  # type: ignore[arg-type]  # a stand-in that only watches
-    assert sizes == [(1, 3, 224, 224), (3, 3, 224, 224)]
+    assert sizes == [(batch, 3, 224, 224) for batch in (1, 2, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +124,7 @@ def test_occlusion_is_the_mean_loss_over_the_windows_that_cover_a_cell(engine: T
     assert np.allclose(found, loss / covered, atol=1e-4 * np.abs(loss).max())
 
 
-def test_the_torch_engine_attributes_and_its_gradcam_is_the_cam(engine: TorchEngine) -> None:
-    assert isinstance(engine, Attributing)
+def test_gradcam_as_an_attribution_is_the_cam(engine: TorchEngine) -> None:
     cam = engine.run(PIXELS[None]).cam[0]
     assert np.array_equal(engine.attribute(PIXELS, "gradcam", target=1), cam[1])
 

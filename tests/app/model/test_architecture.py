@@ -11,7 +11,7 @@ from captum.attr import LayerGradCam
 from torch import Tensor, nn
 
 from app.model import store
-from app.model.architecture import LesionNet, from_version, load_backbone
+from app.model.architecture import LesionNet, fold_batch_norm, from_version, load_backbone
 from app.model.manifest import Gate, StrideVariant
 from tests.conftest import NAME, ROOT, SHARED_DATA, make_manifest, random_model
 
@@ -187,3 +187,14 @@ def test_weights_of_another_architecture_are_refused(model_store: Path) -> None:
     plain = make_manifest().architecture.model_copy(update={"gate": None})
     with pytest.raises(ValueError, match="do not fit"):
         from_version(make_manifest(architecture=plain), weights)
+
+
+@pytest.mark.parametrize("gate", ["branch_softmax", None])
+def test_folding_batch_norm_changes_nothing_but_the_layers(gate: Gate | None) -> None:
+    model = random_model(gate)
+    folded = fold_batch_norm(copy.deepcopy(model))
+    with torch.inference_mode():
+        expected, found = model(images(2)), folded(images(2))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))

@@ -50,7 +50,7 @@ def test_a_phones_jpeg_with_a_second_picture_is_its_first_picture() -> None:
 
 def test_a_scaled_jpeg_decode_stays_close_to_the_full_one() -> None:
     image = draw_lesion(1, 5, size=(2400, 1800))
-    scaled = decode(encode(image, "JPEG", quality=95))
+    scaled = decode(encode(image, "JPEG", quality=95), preview_side=1024)
     full = decode(encode(image, "PNG"))
     assert (scaled.width, scaled.height) == (2400, 1800)
     assert scaled.preview.size[0] < 1100
@@ -75,7 +75,7 @@ def test_exif_orientation_is_undone(orientation: int, size: tuple[int, int]) -> 
         stored = stored.transpose(step)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    decoded = decode(encode(stored, "JPEG", quality=98, exif=exif))
+    decoded = decode(encode(stored, "JPEG", quality=98, exif=exif), preview_side=1024)
     assert (decoded.width, decoded.height) == size
     assert decoded.preview.size[0] * size[1] == pytest.approx(decoded.preview.size[1] * size[0], rel=0.02)
     expected = decode(encode(upright, "JPEG", quality=98)).pixels.astype(int)
@@ -91,9 +91,42 @@ def test_odd_exif_beside_the_orientation_harms_nothing(tag: int) -> None:
     assert (decoded.width, decoded.height) == (200, 300)
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+def test_another_jpeg_decoder_takes_pillows_place_and_no_more(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(draw_lesion(1, 7, size=(300, 200)), "JPEG", quality=98, exif=exif)
+    expected = decode(data)
+    seen = []
+
+    def other(data: bytes, size: int) -> np.ndarray:
+        seen.append(len(data))
+        picture = Image.open(io.BytesIO(data)).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(picture).transpose(2, 0, 1)
+
+    found = decode(data, jpeg=other)
+    assert (found.width, found.height, found.format) == (expected.width, expected.height, "JPEG")
+    assert np.abs(found.pixels.astype(int) - expected.pixels.astype(int)).mean() < 1
+    assert seen == [len(data)]
+    for untouched in (encode(draw_lesion(1, 7), "PNG"), encode(draw_lesion(1, 7).convert("L"), "JPEG")):
+        decode(untouched, jpeg=other)
+    decode(data, jpeg=other, preview_side=1024)  # a person wants to see more than the square
+    assert len(seen) == 1
+
+
+def test_what_another_jpeg_decoder_cannot_decode_is_no_image() -> None:
+    def broken(data: bytes, size: int) -> np.ndarray:
+        raise ValueError(f"{len(data)} {size}")
+
+    with pytest.raises(NotAnImage, match="truncated or damaged"):
+        decode(encode(draw_lesion(1, 7), "JPEG"), jpeg=broken)
+
+
 def test_the_preview_keeps_the_aspect_ratio_within_its_bound() -> None:
-    preview = decode(encode(draw_lesion(0, 2, size=(3000, 1500)), "PNG")).preview
-    assert preview.size == (1024, 512)
+    data = encode(draw_lesion(0, 2, size=(3000, 1500)), "PNG")
+    assert decode(data, preview_side=1024).preview.size == (1024, 512)
+    assert decode(data, preview_side=4000).preview.size == (3000, 1500)
+    assert decode(data).preview.size == (224, 224)  # nobody will look
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""OpenVINO on the CPU, in the fastest arithmetic that the processor and the version allow; torch is not imported."""
+
+from typing import Literal
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from app.engines.base import EngineUnavailable, Output, Precision
+from app.model.openvino_graph import build_graph
+from app.model.overlay import Method
+from app.model.store import LoadedVersion
+
+# What OpenVINO computes in; what an int8 graph leaves out stays in float32, also where bfloat16 would be at hand
+HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
+
+
+class OpenVinoEngine:
+    """One version on the CPU; one batch at a time takes all its threads."""
+
+    name = "openvino"
+    device = "cpu"
+    in_flight = 1
+
+    def __init__(
+        self, version: LoadedVersion, *, precision: Literal["auto"] | Precision = "auto", threads: int = 0
+    ) -> None:
+        core = ov.Core()
+        self.precision = choose_precision(precision, version, bfloat16=computes_bfloat16())
+        self._version = version
+        self._threads = threads
+        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[self.precision]}
+        if threads:
+            options["INFERENCE_NUM_THREADS"] = str(threads)
+        if self.precision == "int8" and version.int8:
+            graph = core.read_model(*version.int8)
+        else:
+            graph = build_graph(version.manifest, version.weights)
+        self._request = core.compile_model(graph, "CPU", options).create_infer_request()
+
+    def run(self, images: NDArray[np.uint8]) -> Output:
+        """uint8[B,3,S,S] -> logits float32[B,K] and cam float32[B,K,S/16,S/16]."""
+        self._request.infer([images], share_inputs=True)
+        logits, cam = (self._request.get_tensor(name).data.copy() for name in ("logits", "cam"))
+        return Output(logits, cam)
+
+    def attribute(self, image: NDArray[np.uint8], method: Method, *, target: int) -> NDArray[np.float32]:
+        """As `TorchEngine.attribute`; torch is imported, and its network built, when the first call asks for it."""
+        from app.engines.torch_engine import TorchEngine
+
+        return TorchEngine(self._version, device="cpu", threads=self._threads).attribute(image, method, target=target)
+
+
+def computes_bfloat16() -> bool:
+    """Whether the processor has instructions for it (AVX512-BF16, AMX)."""
+    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def choose_precision(wanted: Literal["auto"] | Precision, version: LoadedVersion, *, bfloat16: bool) -> Precision:
+    """`auto` takes bfloat16 where the processor computes in it, else the version's int8, else float32.
+
+    bfloat16 comes first because on such processors it is nearly as fast as int8, and much closer to float32
+    (docs/decisions/006-precision.md).
+
+    Args:
+        bfloat16: whether the processor has instructions for it.
+
+    Raises:
+        EngineUnavailable: the processor or the version lacks what was asked for.
+    """
+    name = f"{version.manifest.name} {version.manifest.version}"
+    if wanted == "auto":
+        return "bfloat16" if bfloat16 else "int8" if version.int8 else "float32"
+    if wanted == "int8" and not version.int8:
+        raise EngineUnavailable(
+            f"DERMLENS_PRECISION=int8, but {name} has no int8 graph: use auto, or training.quantize"
+        )
+    if wanted == "bfloat16" and not bfloat16:
+        raise EngineUnavailable("DERMLENS_PRECISION=bfloat16, but this processor does not compute in it: use auto")
+    return wanted

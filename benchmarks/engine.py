@@ -1,0 +1,188 @@
+"""The engines without a server: latency and images a second by batch size, beside the machine's own peak.
+
+make bench
+.venv/bin/python benchmarks/engine.py --loop 8    # images a second of the served engine at its best batch, as JSON
+
+The floor: a forward pass needs so many multiply-adds, and the machine does so many a second in a large matrix product
+of the same precision (measured here too). The share of that peak is what is left to gain.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from compare import DATA, ROOT, machine
+from PIL import Image
+
+from app.engines.base import Engine, EngineUnavailable, build_engine
+from app.model import store
+from app.model.openvino_graph import build_graph
+from app.model.preprocess import decode
+from app.model.store import LoadedVersion
+
+NAME = "asff-resnet50"
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+ENGINES = [("torch", "auto"), ("openvino", "float32"), ("openvino", "bfloat16"), ("openvino", "int8"), ("cuda", "auto")]
+PEAK_SIDE = 2048  # of the matrices that the peak is measured with
+
+
+def seconds_of(work: Callable[[], object], *, budget: float) -> float:
+    """Median duration of repeated calls for `budget` seconds, after two that do not count."""
+    times: list[float] = []
+    ends = time.perf_counter() + budget
+    while len(times) < 5 or time.perf_counter() < ends:
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[2:])
+
+
+def multiply_adds(version: LoadedVersion) -> float:
+    """Multiply-adds of one image in the convolutions and matrix products of the graph (two FLOPs each)."""
+    graph = build_graph(version.manifest, version.weights)
+    graph.reshape([1, 3, *[version.manifest.preprocessing.size] * 2])
+    total = 0.0
+    for op in graph.get_ops():
+        if op.get_type_name() == "Convolution":
+            kernel, out = op.input(1).get_shape(), op.output(0).get_shape()
+            total += float(np.prod(kernel[1:])) * float(np.prod(out))
+        elif op.get_type_name() == "MatMul":
+            total += float(np.prod(op.output(0).get_shape())) * op.input(0).get_shape()[-1]
+    return total
+
+
+def peak(precision: str, *, device: str) -> float | None:
+    """FLOPs a second of a large matrix product, or None where torch has none for the precision."""
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if precision == "int8":
+        a = torch.randint(-128, 127, (PEAK_SIDE, PEAK_SIDE), dtype=torch.int8, device=device)
+        work: Callable[[], object] = lambda: torch._int_mm(a, a)  # noqa: E731
+    else:
+        a = torch.randn(PEAK_SIDE, PEAK_SIDE, device=device).to(kinds[precision])
+
+        def work() -> object:
+            product = a @ a
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return product
+
+    try:
+        return float(2 * PEAK_SIDE**3 / seconds_of(work, budget=1))
+    except RuntimeError:
+        return None
+
+
+def table(version: LoadedVersion, *, budget: float) -> list[dict[str, Any]]:
+    """One row an engine and batch size."""
+    rows: list[dict[str, Any]] = []
+    flops = 2 * multiply_adds(version)
+    size = version.manifest.preprocessing.size
+    images = np.random.default_rng(0).integers(0, 256, (max(BATCHES), 3, size, size), dtype=np.uint8)
+    print(f"{flops / 1e9:.2f} GFLOP an image; {machine()}\n")
+    print(f"{'engine':22}{'batch':>6}{'ms':>9}{'ms/image':>10}{'images/s':>10}{'TFLOP/s':>9}{'of peak':>9}")
+    for name, precision in ENGINES:
+        try:
+            engine: Engine = build_engine(name, version, precision=precision)  # type: ignore[arg-type]
+        except EngineUnavailable as error:
+            print(f"{name:22}{error}")
+            continue
+        most = peak(engine.precision, device="cuda" if name == "cuda" else "cpu")
+        for batch in BATCHES:
+            seconds = seconds_of(lambda e=engine, b=batch: e.run(images[:b]), budget=budget)  # type: ignore[misc]
+            rate = flops * batch / seconds
+            row = {
+                "engine": name,
+                "precision": engine.precision,
+                "device": engine.device,
+                "batch": batch,
+                "ms": 1000 * seconds,
+                "images_per_s": batch / seconds,
+                "tflops": rate / 1e12,
+                "share_of_peak": rate / most if most else None,
+            }
+            rows.append(row)
+            share = f"{rate / most:9.0%}" if most else f"{'—':>9}"
+            line = (
+                f"{1000 * seconds:9.2f}{1000 * seconds / batch:10.2f}{batch / seconds:10.1f}{rate / 1e12:9.3f}{share}"
+            )
+            print(f"{name + ' ' + engine.precision:22}{batch:6}{line}", flush=True)
+    return rows
+
+
+def decoding(*, budget: float) -> list[dict[str, Any]]:
+    """Our scaled decode beside a full one by Pillow with the same resize, for each file of `full_size`."""
+    rows = []
+    print(f"\n{'image':22}{'size':>12}{'ours ms':>10}{'full ms':>10}{'ratio':>8}")
+    for path in sorted((DATA / "full_size").glob("*.jpg")):
+        data = path.read_bytes()
+
+        def full(data: bytes = data) -> object:
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            return np.asarray(image.resize((224, 224), Image.Resampling.BILINEAR))
+
+        ours = seconds_of(lambda d=data: decode(d), budget=budget / 4)  # type: ignore[misc]
+        theirs = seconds_of(full, budget=budget / 4)
+        seen = decode(data)
+        size = f"{seen.width}×{seen.height}"
+        rows.append({"image": path.name, "size": size, "ours_ms": 1000 * ours, "full_ms": 1000 * theirs})
+        print(f"{path.name:22}{size:>12}{1000 * ours:10.1f}{1000 * theirs:10.1f}{ours / theirs:8.2f}", flush=True)
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for label in dict.fromkeys(f"{row['engine']} {row['precision']}" for row in rows):
+        mine = [row for row in rows if f"{row['engine']} {row['precision']}" == label]
+        batches = [row["batch"] for row in mine]
+        axes[0].plot(batches, [row["images_per_s"] for row in mine], marker="o", label=label)
+        axes[1].plot(batches, [row["ms"] for row in mine], marker="o", label=label)
+    for axis, title in zip(axes, ("images a second", "milliseconds a batch"), strict=True):
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("batch")
+        axis.set_title(title)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[1].set_yscale("log")
+    axes[0].legend()
+    figure.suptitle(machine(), fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=2, help="for each engine and batch size")
+    parser.add_argument("--loop", type=float, help="only run the served engine for so many seconds, and print JSON")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "engine.json")
+    options = parser.parse_args()
+    version = store.load(ROOT / "model_store", NAME, store.current(ROOT / "model_store", NAME))
+    if options.loop:
+        engine = build_engine("auto", version)
+        images = np.zeros((max(BATCHES), 3, 224, 224), dtype=np.uint8)
+        rates = {b: b / seconds_of(lambda b=b: engine.run(images[:b]), budget=options.loop / 4) for b in (4, 8, 16, 32)}  # type: ignore[misc]
+        best = max(rates, key=lambda batch: rates[batch])
+        print(json.dumps({"batch": best, "per_s": rates[best], "precision": engine.precision}))
+        return
+    rows = table(version, budget=options.seconds)
+    if not (DATA / "full_size").is_dir():
+        sys.exit(f"engine: no images in {DATA} for the decoding table: set DERMLENS_DATA_DIR (docs/training.md)")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    result = {"machine": machine(), "engines": rows, "decoding": decoding(budget=options.seconds)}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    plot(rows, options.out.with_suffix(".png"))
+    print(f"done: {options.out} and {options.out.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()
