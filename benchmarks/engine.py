@@ -3,8 +3,9 @@
 make bench
 .venv/bin/python benchmarks/engine.py --loop 8    # images a second of the served engine at its best batch, as JSON
 
-The floor: a forward pass needs so many multiply-adds, and the machine does so many a second in a large matrix product
-of the same precision (measured here too). The share of that peak is what is left to gain.
+The floor: a forward pass needs so many multiply-adds and moves so many bytes, and the machine does so many a second in
+a large matrix product of the same precision and in a large copy (both measured here). What the share of the peak lacks
+to 100% is what is left to gain.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from app.model.store import LoadedVersion
 NAME = "asff-resnet50"
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 ENGINES = [("torch", "auto"), ("openvino", "float32"), ("openvino", "bfloat16"), ("openvino", "int8"), ("cuda", "auto")]
+WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}  # bytes
 PEAK_SIDE = 2048  # of the matrices that the peak is measured with
 
 
@@ -45,18 +47,35 @@ def seconds_of(work: Callable[[], object], *, budget: float) -> float:
     return statistics.median(times[2:])
 
 
-def multiply_adds(version: LoadedVersion) -> float:
-    """Multiply-adds of one image in the convolutions and matrix products of the graph (two FLOPs each)."""
+class Work(NamedTuple):
+    """Of one image."""
+
+    flops: float
+    values: float  # read and written by convolutions and matrix products, were nothing kept in a cache
+    weights: float  # values, read once a batch
+
+
+def work_of(version: LoadedVersion) -> Work:
+    """What the convolutions and matrix products of the graph do; a multiply-add is two FLOPs."""
     graph = build_graph(version.manifest, version.weights)
     graph.reshape([1, 3, *[version.manifest.preprocessing.size] * 2])
-    total = 0.0
+    flops = values = weights = 0.0
     for op in graph.get_ops():
-        if op.get_type_name() == "Convolution":
-            kernel, out = op.input(1).get_shape(), op.output(0).get_shape()
-            total += float(np.prod(kernel[1:])) * float(np.prod(out))
-        elif op.get_type_name() == "MatMul":
-            total += float(np.prod(op.output(0).get_shape())) * op.input(0).get_shape()[-1]
-    return total
+        if op.get_type_name() not in ("Convolution", "MatMul"):
+            continue
+        data, kernel, out = op.input(0).get_shape(), op.input(1).get_shape(), op.output(0).get_shape()
+        depth = np.prod(kernel[1:]) if op.get_type_name() == "Convolution" else data[-1]
+        flops += 2 * float(depth) * float(np.prod(out))
+        values += float(np.prod(data)) + float(np.prod(out))
+        weights += float(np.prod(kernel))
+    return Work(flops, values, weights)
+
+
+def bandwidth() -> float:
+    """Bytes a second of a large copy, read and written."""
+    source = np.ones(1 << 28, dtype=np.uint8)
+    target = np.empty_like(source)
+    return float(2 * len(source) / seconds_of(lambda: np.copyto(target, source), budget=1))
 
 
 def peak(precision: str, *, device: str) -> float | None:
@@ -83,10 +102,12 @@ def peak(precision: str, *, device: str) -> float | None:
 def table(version: LoadedVersion, *, budget: float) -> list[dict[str, Any]]:
     """One row an engine and batch size."""
     rows: list[dict[str, Any]] = []
-    flops = 2 * multiply_adds(version)
+    work, moved = work_of(version), bandwidth()
+    flops = work.flops
     size = version.manifest.preprocessing.size
     images = np.random.default_rng(0).integers(0, 256, (max(BATCHES), 3, size, size), dtype=np.uint8)
-    print(f"{flops / 1e9:.2f} GFLOP an image; {machine()}\n")
+    print(f"{machine()}\n{flops / 1e9:.2f} GFLOP an image, {work.values / 1e6:.1f} million values moved, ", end="")
+    print(f"{work.weights / 1e6:.1f} million weights; memory moves {moved / 1e9:.1f} GB/s\n")
     print(f"{'engine':22}{'batch':>6}{'ms':>9}{'ms/image':>10}{'images/s':>10}{'TFLOP/s':>9}{'of peak':>9}")
     for name, precision in ENGINES:
         try:
@@ -95,6 +116,15 @@ def table(version: LoadedVersion, *, budget: float) -> list[dict[str, Any]]:
             print(f"{name:22}{error}")
             continue
         most = peak(engine.precision, device="cuda" if name == "cuda" else "cpu")
+        if most:
+            width = WIDTHS[engine.precision]
+            floors = 1000 * flops / most, 1000 * width * work.values / moved, 1000 * width * work.weights / moved
+            print(
+                f"{name} {engine.precision}: {most / 1e12:.2f} TFLOP/s in a matrix product, so an image needs ", end=""
+            )
+            print(
+                f"{floors[0]:.2f} ms of arithmetic, {floors[1]:.2f} of memory; a batch {floors[2]:.2f} for its weights"
+            )
         for batch in BATCHES:
             seconds = seconds_of(lambda e=engine, b=batch: e.run(images[:b]), budget=budget)  # type: ignore[misc]
             rate = flops * batch / seconds

@@ -6,6 +6,7 @@ PEER_ENGINE=openvino   our preprocessing and our OpenVINO engine, so that only t
 
 import io
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,12 @@ def _openvino(version: Any) -> tuple[Decode, Run]:
     from app.model.labels import calibrate
     from app.model.preprocess import decode
 
-    engine = build_engine("openvino", version)
+    engine, one_at_a_time = build_engine("openvino", version), threading.Lock()
 
     def run(items: Sequence[Any]) -> list[float]:
-        found: list[float] = calibrate(engine.run(np.stack(items)).logits, version.manifest.temperature)[:, 1].tolist()
+        with one_at_a_time:
+            logits = engine.run(np.stack(items)).logits
+        found: list[float] = calibrate(logits, version.manifest.temperature)[:, 1].tolist()
         return found
 
     return lambda data: decode(data).pixels, run

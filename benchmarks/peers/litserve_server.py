@@ -13,8 +13,8 @@ class Lesion(litserve.LitAPI):
     def setup(self, device: str) -> None:  # noqa: ARG002 - LitServe's signature
         self.decode, self.run = load()
 
-    async def decode_request(self, request: Request) -> Any:
-        return self.decode(await request.body())
+    def decode_request(self, request: Request) -> Any:
+        return self.decode(request["file"].file.read())  # by now LitServe has parsed the form
 
     def batch(self, inputs: Sequence[Any]) -> Sequence[Any]:
         return inputs
