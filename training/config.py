@@ -32,6 +32,7 @@ class Model(Section):
     # "random", "torchvision" (downloads IMAGENET1K_V2), an .npz under DERMLENS_DATA_DIR, or "version:FOLDER" (--init)
     start: str
     start_share: float = Field(0, ge=0, le=1)  # of a published start in the weights, see training/mix.py
+    mixed_with: str | None = None  # the run whose weights have that share, in place of the start's
     backbone: Literal["resnet50", "densenet169", "mobilenet_v2", "alexnet", "squeezenet1_1"] = "resnet50"
     stride_variant: StrideVariant  # of ResNet-50
     gate: Gate | Literal["none"]  # "none": the plain baseline

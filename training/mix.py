@@ -2,6 +2,9 @@
 
 python -m training.mix --run runs/clinics-fold0 --shares 0 0.25 0.5 0.75 1     # what each share scores
 python -m training.mix --run runs/clinics-fold0 --shares 0.5 --out runs/mixed  # write that one
+python -m training.mix --run runs/clinics-fold0 --with runs/home-fold0 --shares 0.5 --out runs/mixed
+
+Or with another run that came from the same start and held out the same images (model soups, arXiv 2203.05482).
 """
 
 import argparse
@@ -29,23 +32,40 @@ Weights = Mapping[str, NDArray[np.generic]]
 
 
 def mixed(run: Run, start: Weights, share: float) -> dict[str, Tensor]:
-    """`share` of the start's weights and the rest of the run's, float32.
+    """`share` of the other weights and the rest of the run's, float32.
 
     Raises:
         ValueError: they are not of one architecture.
     """
     if {k: v.shape for k, v in start.items()} != {k: v.shape for k, v in run.weights.items()}:
-        raise ValueError("the run and its start are not of one architecture: nothing lies between them")
+        raise ValueError("the two are not of one architecture: nothing lies between them")
     return {
         name: torch.from_numpy(share * start[name].astype(np.float32) + (1 - share) * own.astype(np.float32))
         for name, own in run.weights.items()
     }
 
 
-def write_mixed(run: Run, start: Weights, share: float, out: Path) -> None:
-    """A finished run in folder `out` with the mixed weights and the same history; its config names the share."""
+def other_run(run: Run, path: Path) -> Run:
+    """A finished run to mix with.
+
+    Raises:
+        ValueError: it is missing or unfinished, or may have been trained on what the run has held out.
+    """
+    other = read_finished(path)
+    ours, theirs = run.config, other.config
+    keys = ("root", "classes", "folds", "held_out_fold")
+    if ours.seed != theirs.seed or any(getattr(ours.data, key) != getattr(theirs.data, key) for key in keys):
+        raise ValueError(f"{path} may have been trained on what the run holds out: their data sections or seeds differ")
+    if theirs.data.extra not in (None, ours.data.extra):
+        raise ValueError(f"{path} was trained with {theirs.data.extra}, of which the run knows nothing")
+    return other
+
+
+def write_mixed(run: Run, start: Weights, share: float, out: Path, *, mixed_with: str | None = None) -> None:
+    """A finished run in folder `out` with the mixed weights and the same history; its config names what was mixed."""
     fields = run.config.model_dump()
-    config = Config.model_validate(fields | {"model": fields["model"] | {"start_share": share}})
+    model_fields = fields["model"] | {"start_share": share, "mixed_with": mixed_with}
+    config = Config.model_validate(fields | {"model": model_fields})
     model = network(config.model, classes=len(config.data.classes))
     model.load_state_dict(model.state_dict() | mixed(run, start, share))
     out.mkdir(parents=True, exist_ok=True)
@@ -76,19 +96,22 @@ def scores(run_dir: Path, run: Run, start: Weights, shares: Sequence[float]) -> 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.mix", description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, required=True, help="a finished run that started from a version (--init)")
-    parser.add_argument("--shares", type=float, nargs="+", required=True, help="of the start, 0..1")
+    parser.add_argument("--run", type=Path, required=True, help="a finished run")
+    parser.add_argument("--with", type=Path, dest="other", help="mix with this finished run instead of the start")
+    parser.add_argument("--shares", type=float, nargs="+", required=True, help="of the start or the other run, 0..1")
     parser.add_argument("--out", type=Path, help="write the mixture of the one share into this folder")
     options = parser.parse_args(arguments)
     try:
         run = read_finished(options.run)
-        if not run.config.model.start.startswith(VERSION):
+        if not options.other and not run.config.model.start.startswith(VERSION):
             raise ValueError(f"{options.run} did not start from a published version")
         if not all(0 <= share <= 1 for share in options.shares) or (options.out and len(options.shares) != 1):
             raise ValueError("--shares are from 0 to 1, and --out takes exactly one")
-        start = start_weights(run.config.model.start)
+        other = other_run(run, options.other) if options.other else None
+        start = other.weights if other else start_weights(run.config.model.start)
         if options.out:
-            write_mixed(run, start, options.shares[0], options.out)
+            partner = other.config.run_name if other else None
+            write_mixed(run, start, options.shares[0], options.out, mixed_with=partner)
             print(f"done: {options.out}. Publish with: python -m training.export --run {options.out}")
         else:
             scores(options.run, run, start, options.shares)

@@ -59,3 +59,18 @@ def test_what_cannot_be_mixed_is_refused(tmp_path: Path, run: Path) -> None:
         main(["--run", str(run), "--shares", "0", "1", "--out", str(tmp_path / "x")])
     with pytest.raises(SystemExit, match="did not start from a published version"):
         main(["--run", str(finish(tmp_path / "other", short())), "--shares", "0"])
+
+
+def test_two_runs_that_held_out_the_same_images_mix(tmp_path: Path, run: Path) -> None:
+    other = finish(tmp_path / "other", short())
+    main(["--run", str(run), "--with", str(other), "--shares", "0.5", "--out", str(tmp_path / "soup")])
+    config, model = from_run(tmp_path / "soup")
+    assert (config.model.start_share, config.model.mixed_with) == (0.5, read_run(other).config.run_name)
+    ends = [read_run(folder).weights["head.fc1.weight"].astype(np.float32) for folder in (run, other)]
+    assert np.allclose(model.head.fc1.weight.detach().numpy(), (ends[0] + ends[1]) / 2, atol=2e-3)
+
+
+def test_a_run_that_may_have_seen_the_held_out_images_is_refused(tmp_path: Path, run: Path) -> None:
+    other = finish(tmp_path / "other", short().with_fold(1))
+    with pytest.raises(SystemExit, match="may have been trained on what the run holds out"):
+        main(["--run", str(run), "--with", str(other), "--shares", "0.5"])
