@@ -31,7 +31,7 @@ from app.schemas import (
     Problem,
     prediction_fields,
 )
-from app.upload import read_image, read_images
+from app.upload import read_image, read_images, while_connected
 
 T = TypeVar("T")
 IMAGE = {"type": "string", "format": "binary"}
@@ -68,10 +68,11 @@ class Service:
 
 @dataclass(frozen=True)
 class Rule:
-    """How this request wants its probabilities judged."""
+    """How this request wants its probabilities judged, and how long it waits for them."""
 
     operating_point: str
     coverage: str
+    timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -115,14 +116,19 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
         coverage: Annotated[
             str | None, Query(description="In place of the server's default; `off` never refers.")
         ] = None,
+        x_timeout_ms: Annotated[
+            int | None, Header(ge=1, description="Milliseconds until a 504, where the server's own limit is later.")
+        ] = None,
     ) -> Rule:
         check_choices(service.manifest, operating_point=operating_point, coverage=coverage)
-        return Rule(operating_point or service.operating_point, coverage or service.coverage)
+        timeout_s = service.timeout_s if x_timeout_ms is None else min(service.timeout_s, x_timeout_ms / 1000)
+        return Rule(operating_point or service.operating_point, coverage or service.coverage, timeout_s)
 
     chosen_rule = Depends(choose_rule)
 
     async def see(data: bytes, rule: Rule, *, preview_side: int = 0) -> Answer:
         """Decode, run and judge one image."""
+        started = time.monotonic()
         size, manifest = service.manifest.preprocessing.size, service.manifest
         image = await in_worker(
             "decode",
@@ -130,7 +136,8 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
                 data, size=size, max_pixels=service.max_pixels, preview_side=preview_side, jpeg=service.jpeg
             ),
         )
-        result = await service.batcher.submit(image.pixels, timeout_s=service.timeout_s)
+        left_s = rule.timeout_s - (time.monotonic() - started)
+        result = await service.batcher.submit(image.pixels, timeout_s=left_s)
         metrics.stage_seconds.labels(stage="queue").observe(result.queue_s)
         metrics.stage_seconds.labels(stage="forward").observe(result.forward_s)
         metrics.batch_size.observe(result.batch_size)
@@ -155,7 +162,8 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
     async def predict(request: Request, response: Response, rule: Annotated[Rule, chosen_rule]) -> Prediction:
         """Classify one dermoscopic image: multipart field `file`, or the image as the raw body."""
         response.headers.update(model_headers)
-        return Prediction(**fields(await see(await read_one(request), rule), request))
+        data = await read_one(request)
+        return Prediction(**fields(await while_connected(request, see(data, rule)), request))
 
     @router.post("/predict/batch", openapi_extra=MANY_IMAGES, responses=PROBLEMS, tags=["inference"])
     async def predict_batch(
@@ -175,7 +183,9 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
                 problem = report(error, request.scope["request_id"], metrics)
                 return BatchItem(index=index, problem=problem)
 
-        return list(await asyncio.gather(*(one(index, data) for index, data in enumerate(files))))
+        return list(
+            await while_connected(request, asyncio.gather(*(one(index, data) for index, data in enumerate(files))))
+        )
 
     @router.post(
         "/explain",
@@ -196,14 +206,17 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
         check_choices(service.manifest, target=target)
         data = await read_one(request)
         started = time.monotonic()
-        answer = await see(data, rule, preview_side=PREVIEW_SIDE)
+        answer = await while_connected(request, see(data, rule, preview_side=PREVIEW_SIDE))
         shown = aim(target, method, judgement=answer.judgement, manifest=service.manifest)
         raw = answer.result.cam[shown.index]
         if method != "gradcam":
             with metrics.stage_seconds.labels(stage="attribute").time():
-                raw = await service.batcher.call(
-                    lambda: service.attribute(answer.image.pixels, method, target=shown.index),
-                    timeout_s=service.timeout_s - (time.monotonic() - started),
+                raw = await while_connected(
+                    request,
+                    service.batcher.call(
+                        lambda: service.attribute(answer.image.pixels, method, target=shown.index),
+                        timeout_s=rule.timeout_s - (time.monotonic() - started),
+                    ),
                 )
 
         def draw() -> Overlay:

@@ -36,6 +36,10 @@ class DeadlineExceeded(Exception):
     """The request's time ran out before its result."""
 
 
+class NotFinite(Exception):
+    """The model answered an image with NaN or infinity."""
+
+
 class ShuttingDown(Exception):
     """The server is stopping and takes no more work."""
 
@@ -51,11 +55,12 @@ class Result:
     batch_size: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Image:
     pixels: NDArray[np.uint8]
     future: asyncio.Future[Result]
     arrived: float
+    taken: bool = False  # into a batch
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class MicroBatcher:
         max_wait_ms: how long an idle device waits for a fuller batch; 0 sends at once.
         max_queue: images and calls waiting at most.
         in_flight: batches in `run` at once, each in a thread; more than one only where the device overlaps them.
+        on_drop: told why, `client_gone` or `deadline`, for each image that will not be run.
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class MicroBatcher:
         max_wait_ms: float,
         max_queue: int,
         in_flight: int = 1,
+        on_drop: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._run = run
         self._max_batch = max_batch
@@ -91,6 +98,7 @@ class MicroBatcher:
         self._waiting: deque[_Image | _Call] = deque()
         self._arrival = asyncio.Event()
         self._in_flight = in_flight
+        self._on_drop = on_drop
         self._device = ThreadPoolExecutor(in_flight, thread_name_prefix="device")
         self._forwards: set[asyncio.Task[None]] = set()  # batches on the device now
         self._loop_task: asyncio.Task[None] | None = None
@@ -122,11 +130,16 @@ class MicroBatcher:
         """Queue one uint8[3,S,S] image and wait for its result; every image of a batcher has the same shape.
 
         Raises:
-            QueueFull, DeadlineExceeded, ShuttingDown, or what `run` raised.
+            QueueFull, DeadlineExceeded, ShuttingDown, NotFinite, or what `run` raised for this image alone.
         """
         item = _Image(image, asyncio.get_running_loop().create_future(), time.monotonic())
         self._enqueue(item)
-        return await _outcome(item.future, timeout_s)
+        try:
+            return await _outcome(item.future, timeout_s)
+        except (DeadlineExceeded, asyncio.CancelledError) as left:
+            if not item.taken:
+                self._on_drop("deadline" if isinstance(left, DeadlineExceeded) else "client_gone")
+            raise
 
     async def call(self, work: Callable[[], T], *, timeout_s: float) -> T:
         """Queue other work for the device, in its turn and never beside a batch, and wait for its result.
@@ -178,6 +191,7 @@ class MicroBatcher:
             if item.future.done():
                 continue
             if isinstance(item, _Image):
+                item.taken = True
                 batch.append(item)
             elif batch:
                 self._waiting.appendleft(item)  # its turn comes after this batch
@@ -198,25 +212,37 @@ class MicroBatcher:
             call.future.set_result(result)
 
     async def _forward(self, batch: list[_Image]) -> None:
-        """Run a batch; whatever goes wrong is told to its callers, and never ends the loop."""
-        started = time.monotonic()
+        """Run a batch and tell its callers; one that fails runs again in halves, so that only what fails alone fails.
+
+        Halving is also what gets a batch through that was too large for the device's memory.
+        """
         try:
-            images = np.stack([item.pixels for item in batch])
-            outputs = await asyncio.get_running_loop().run_in_executor(self._device, self._run, images)
-            seconds = time.monotonic() - started
-            results = [
-                Result(outputs.logits[row], outputs.cam[row], started - item.arrived, seconds, len(batch))
-                for row, item in enumerate(batch)
-            ]
+            results = await self._run_batch(batch)
         except Exception as error:
-            for item in batch:
-                if not item.future.done():
-                    item.future.set_exception(error)
+            if len(batch) > 1:
+                await self._forward(batch[: len(batch) // 2])
+                await self._forward(batch[len(batch) // 2 :])
+            elif not batch[0].future.done():
+                batch[0].future.set_exception(error)
             return
-        self._seconds_per_image = 0.9 * self._seconds_per_image + 0.1 * seconds / len(batch)
         for item, result in zip(batch, results, strict=True):
-            if not item.future.done():  # the caller may have left during the forward pass
+            if item.future.done():  # the caller may have left during the forward pass
+                continue
+            if np.isfinite(result.logits).all():
                 item.future.set_result(result)
+            else:
+                item.future.set_exception(NotFinite("the model gave no finite answer"))
+
+    async def _run_batch(self, batch: list[_Image]) -> list[Result]:
+        started = time.monotonic()
+        images = np.stack([item.pixels for item in batch])
+        outputs = await asyncio.get_running_loop().run_in_executor(self._device, self._run, images)
+        seconds = time.monotonic() - started
+        self._seconds_per_image = 0.9 * self._seconds_per_image + 0.1 * seconds / len(batch)
+        return [
+            Result(outputs.logits[row], outputs.cam[row], started - item.arrived, seconds, len(batch))
+            for row, item in enumerate(batch)
+        ]
 
 
 async def _outcome(future: asyncio.Future[T], timeout_s: float) -> T:

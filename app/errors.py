@@ -30,7 +30,7 @@ class Kind(NamedTuple):
 
 KINDS: Mapping[type[Exception], Kind] = {
     NotAnImage: Kind(400, "not-an-image", "Not an image, or a damaged one"),
-    ClientDisconnect: Kind(400, "upload-broken-off", "The client left before its upload ended"),
+    ClientDisconnect: Kind(400, "client-gone", "The client left before its answer"),
     MalformedUpload: Kind(400, "malformed-upload", "The request body cannot be read"),
     BodyTooLarge: Kind(413, "body-too-large", "The upload has too many bytes"),
     ImageTooLarge: Kind(413, "image-too-large", "The image has too many pixels"),

@@ -60,14 +60,15 @@ def create_app(settings: Settings) -> FastAPI:
     engine, manifest = model.engine, model.manifest
     max_batch = settings.max_batch or (8 if engine.device == "cpu" else 32)
     warm_up(engine, size=manifest.preprocessing.size, max_batch=max_batch)
+    metrics = Metrics()
     batcher = MicroBatcher(
         engine.run,
         max_batch=max_batch,
         max_wait_ms=settings.max_wait_ms,
         max_queue=settings.max_queue,
         in_flight=engine.in_flight,
+        on_drop=lambda reason: metrics.dropped.labels(reason=reason).inc(),
     )
-    metrics = Metrics()
     metrics.watch_queue(lambda: batcher.depth)
     metrics.model_info.info(
         {

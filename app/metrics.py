@@ -48,6 +48,12 @@ class Metrics:
         self.rejected = Counter(
             "dermlens_rejected", "Requests or files refused, by problem.", ["reason"], registry=registry
         )
+        self.dropped = Counter(
+            "dermlens_dropped",
+            "Images that were accepted and never run, by reason: client_gone, deadline.",
+            ["reason"],
+            registry=registry,
+        )
         self.model_info = Info("dermlens_model", "The served model.", registry=registry)
 
     def watch_queue(self, depth: Callable[[], int]) -> None:

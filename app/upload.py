@@ -1,11 +1,15 @@
 """Read image bytes from a request: the raw body or multipart, never further than the limit, never to disk."""
 
+import asyncio
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
+from typing import TypeVar
 
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
+
+T = TypeVar("T")
 
 PART_OVERHEAD = 2_000  # bytes of multipart headers allowed per file
 
@@ -83,3 +87,21 @@ async def _bounded(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
         if received > limit:
             raise BodyTooLarge(message)
         yield chunk
+
+
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """The outcome of `work`, cancelled where the client leaves first; the body has been read.
+
+    Raises:
+        ClientDisconnect, or what `work` raises.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(request.receive())  # after the body nothing comes but the disconnect
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        leaving.cancel()
+        working.cancel()

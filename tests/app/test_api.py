@@ -1,6 +1,7 @@
 import base64
 import io
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import httpx2
 import numpy as np
 import pytest
 import safetensors.numpy
+import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -387,6 +389,70 @@ def test_each_method_draws_its_own_map(careful: TestClient, lesion: bytes, metho
     assert str(picture.info["Description"]).startswith(f"{name} for malignant 0.")
     grown = series(careful, 'dermlens_stage_seconds_count{stage="attribute"}') - before
     assert grown == (method != "gradcam")
+
+
+def test_a_request_may_wait_less_than_the_server_lets_it(
+    careful_store: Path, lesion: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go = threading.Event()
+    monkeypatch.setattr("app.engines.torch_engine.TorchEngine.attribute", lambda *_, **__: let_go.wait(10))
+    settings = Settings(model_store=careful_store, engine="torch", timeout_ms=20_000)
+    with TestClient(create_app(settings)) as client:
+        answer = client.post("/explain?method=occlusion", content=lesion, headers=JPEG | {"X-Timeout-Ms": "1500"})
+        let_go.set()
+        check_problem(answer, 504, "deadline-exceeded")
+        answer = client.post("/predict", content=lesion, headers=JPEG | {"X-Timeout-Ms": "999999"})
+        assert answer.status_code == 200
+        for value in ("0", "-5", "soon"):
+            answer = client.post("/predict", content=lesion, headers=JPEG | {"X-Timeout-Ms": value})
+            assert "x-timeout-ms" in check_problem(answer, 422, "invalid-parameter")["detail"]
+
+
+def test_the_work_of_a_client_that_leaves_is_dropped_before_it_runs(
+    careful_store: Path, lesion: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real server: one client holds the device, a second one waits behind it and hangs up."""
+    let_go, began = threading.Event(), threading.Event()
+
+    def hold(*_: object, **__: object) -> np.ndarray:
+        began.set()
+        let_go.wait(10)
+        return np.zeros((4, 4), dtype=np.float32)
+
+    monkeypatch.setattr("app.engines.torch_engine.TorchEngine.attribute", hold)
+    app = create_app(Settings(model_store=careful_store, engine="torch"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
+        with ThreadPoolExecutor(1) as pool:
+            slow = pool.submit(httpx2.post, f"{url}/explain?method=occlusion", content=lesion, headers=JPEG, timeout=20)
+            assert began.wait(10)
+            with socket.create_connection(("127.0.0.1", port)) as leaver:
+                head = f"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\ncontent-length: {len(lesion)}"
+                leaver.sendall(f"{head}\r\n\r\n".encode() + lesion)
+                wait_for(url, "dermlens_queue_depth 1.0")
+            wait_for(url, 'dermlens_dropped_total{reason="client_gone"} 1.0')
+            let_go.set()
+            assert slow.result().status_code == 200
+        wait_for(url, 'dermlens_stage_seconds_count{stage="forward"} 1.0')  # of the slow one, and of no other
+    finally:
+        let_go.set()
+        server.should_exit = True
+        thread.join(20)
+
+
+def wait_for(url: str, line: str) -> None:
+    """Until the server's metrics hold a line."""
+    for _ in range(500):
+        if line in httpx2.get(f"{url}/metrics").text:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"never saw {line}")
 
 
 def test_a_method_that_takes_longer_than_the_deadline_is_a_504(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from app.batcher import DeadlineExceeded, MicroBatcher, QueueFull, Result, ShuttingDown
+from app.batcher import DeadlineExceeded, MicroBatcher, NotFinite, QueueFull, Result, ShuttingDown
 
 
 class Outputs(NamedTuple):
@@ -235,6 +235,88 @@ def test_a_failed_forward_pass_is_told_to_its_batch_and_the_next_one_runs() -> N
                 assert isinstance(outcome, RuntimeError)
             device.broken = False
             assert int((await batcher.submit(image(3), timeout_s=10)).logits[0]) == 3
+
+    run(test)
+
+
+@pytest.mark.parametrize("culprits", [{3}, {0, 6}, {1, 2, 3}])
+def test_of_a_batch_that_fails_only_the_images_fail_that_make_it_fail(culprits: set[int]) -> None:
+    async def test() -> None:
+        device = Device()
+
+        def forward(images: NDArray[np.uint8]) -> Outputs:
+            outputs = device.run(images)
+            if culprits & {int(v) for v in outputs.logits[:, 0]}:
+                raise RuntimeError("this image breaks the kernel")
+            return outputs
+
+        batcher = MicroBatcher(forward, max_batch=8, max_wait_ms=20, max_queue=20)
+        batcher.start()
+        outcomes = await asyncio.gather(*await queued(batcher, list(range(7))), return_exceptions=True)
+        await batcher.stop()
+        for value, outcome in enumerate(outcomes):
+            if value in culprits:
+                assert isinstance(outcome, RuntimeError)
+            else:
+                assert isinstance(outcome, Result)
+                assert int(outcome.logits[0]) == value
+
+    run(test)
+
+
+def test_a_batch_too_large_for_the_device_runs_in_halves() -> None:
+    async def test() -> None:
+        device = Device()
+
+        def forward(images: NDArray[np.uint8]) -> Outputs:
+            if len(images) > 2:
+                raise MemoryError
+            return device.run(images)
+
+        batcher = MicroBatcher(forward, max_batch=8, max_wait_ms=20, max_queue=20)
+        batcher.start()
+        results = await asyncio.gather(*await queued(batcher, list(range(8))))
+        await batcher.stop()
+        assert [int(r.logits[0]) for r in results] == list(range(8))
+        assert device.batches == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+    run(test)
+
+
+def test_an_answer_that_is_not_finite_fails_its_image_alone() -> None:
+    async def test() -> None:
+        device = Device()
+
+        def forward(images: NDArray[np.uint8]) -> Outputs:
+            outputs = device.run(images)
+            outputs.logits[outputs.logits[:, 0] == 1] = np.nan
+            return outputs
+
+        batcher = MicroBatcher(forward, max_batch=4, max_wait_ms=20, max_queue=20)
+        batcher.start()
+        outcomes = await asyncio.gather(*await queued(batcher, [0, 1, 2]), return_exceptions=True)
+        await batcher.stop()
+        assert [type(outcome) for outcome in outcomes] == [Result, NotFinite, Result]
+
+    run(test)
+
+
+def test_what_is_never_run_is_told_with_its_reason() -> None:
+    async def test() -> None:
+        device, reasons = Device(), list[str]()
+        async with running(device, on_drop=reasons.append) as batcher:
+            first = await occupy(batcher, device)
+            (late,) = await queued(batcher, [1], timeout_s=0.01)
+            gone, stays = await queued(batcher, [2, 3])
+            gone.cancel()
+            with pytest.raises(DeadlineExceeded):
+                await late
+            device.gate.set()
+            await asyncio.gather(first, stays)
+            running_now = await occupy(batcher, device)
+            running_now.cancel()  # too late to save the work: it is not a drop
+            await asyncio.sleep(0)
+        assert sorted(reasons) == ["client_gone", "deadline"]
 
     run(test)
 
