@@ -11,6 +11,7 @@ to 100% is what is left to gain.
 import argparse
 import io
 import json
+import os
 import statistics
 import sys
 import time
@@ -198,7 +199,8 @@ def main() -> None:
     options = parser.parse_args()
     version = store.load(ROOT / "model_store", NAME, store.current(ROOT / "model_store", NAME))
     if options.loop:
-        engine = build_engine("auto", version)
+        precision: Any = os.environ.get("DERMLENS_PRECISION", "auto")
+        engine = build_engine("auto", version, precision=precision)
         images = np.zeros((max(BATCHES), 3, 224, 224), dtype=np.uint8)
         rates = {b: b / seconds_of(lambda b=b: engine.run(images[:b]), budget=options.loop / 4) for b in (4, 8, 16, 32)}  # type: ignore[misc]
         best = max(rates, key=lambda batch: rates[batch])

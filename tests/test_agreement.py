@@ -71,3 +71,15 @@ def test_openvino_in_bfloat16_agrees_with_torch() -> None:
     moved, likeness = agreement("bfloat16")
     assert moved.max() < 2e-2
     assert likeness.min() > 0.99
+
+
+@needs_real_data
+def test_openvino_in_int8_strays_no_further_than_the_manifest_says() -> None:
+    """These images are mostly training images; the manifest's figures are of held-out ones."""
+    found = store.read_manifest(STORE, NAME, store.current(STORE, NAME)).quantization
+    assert found is not None
+    assert found.shipped
+    moved, likeness = agreement("int8")
+    assert moved.max() <= found.probability_difference["max"]
+    assert np.median(likeness) >= found.cam_correlation["median"] - 0.005
+    assert np.median(likeness) > 0.98

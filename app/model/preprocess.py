@@ -14,7 +14,10 @@ MIN_SIDE = 16  # below this there is nothing to look at
 LOW_RESOLUTION_SIDE = 200  # the training images have 224
 MAX_ASPECT = 2.5  # dermoscopes give at most 16:9; squashing more than this distorts the lesion
 PREVIEW_SIDE = 1024  # pixels, for a screen
-REDUCING_GAP = 2  # decode a JPEG at no less than twice the target, so that the last resize still filters
+# Decode a JPEG at no less than this times the target, so that the last resize still filters: at 1.5 the photographs of
+# full_size are as close to a full decode as at 2 (0.0099 in probability at most) and 12 megapixels take a quarter less;
+# at 1 they are twice as far from it
+REDUCING_GAP = 1.5
 
 # What undoes each EXIF orientation (EXIF 2.3, tag 0x0112)
 TURNS = {
@@ -100,7 +103,7 @@ def decode(
         else:
             # libjpeg scales by 1/2, 1/4 or 1/8 inside the DCT: a 12-megapixel photograph costs a fraction of a full
             # decode; other formats know no draft
-            image.draft("RGB", (REDUCING_GAP * size, REDUCING_GAP * size))
+            image.draft("RGB", (int(REDUCING_GAP * size), int(REDUCING_GAP * size)))
             image.load()
             loaded = image
     except (OSError, SyntaxError, ValueError, MemoryError, OverflowError, EOFError) as error:

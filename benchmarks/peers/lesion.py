@@ -54,7 +54,8 @@ def _openvino(version: Any) -> tuple[Decode, Run]:
     from app.model.labels import calibrate
     from app.model.preprocess import decode
 
-    engine, one_at_a_time = build_engine("openvino", version), threading.Lock()
+    precision: Any = os.environ.get("DERMLENS_PRECISION", "auto")
+    engine, one_at_a_time = build_engine("openvino", version, precision=precision), threading.Lock()
 
     def run(items: Sequence[Any]) -> list[float]:
         with one_at_a_time:

@@ -7,6 +7,7 @@ import pytest
 from app.engines.openvino_engine import OpenVinoEngine
 from app.model import store
 from app.model.manifest import Preprocessing
+from app.model.store import LoadedVersion
 from tests.conftest import NAME, make_manifest
 from training import quantize
 from training.config import load_config
@@ -72,7 +73,9 @@ def smoke_store(tmp_path: Path, random_weights: bytes) -> Path:
 def test_a_version_is_published_again_with_its_int8_graph(
     smoke_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    kept = ["trunk.conv1", "trunk.layer2.1.conv2"]
     monkeypatch.setattr(quantize, "CALIBRATION_IMAGES", 8)
+    monkeypatch.setattr(quantize, "most_sensitive", lambda *_: kept)
     monkeypatch.setattr(quantize, "MOST_LOST", {"roc_auc": 1.0, "accuracy": 1.0})  # random weights decide at random
     main(["--store", str(smoke_store), "--promote"])
     assert "published" in capsys.readouterr().out
@@ -88,14 +91,40 @@ def test_a_version_is_published_again_with_its_int8_graph(
     ours, theirs = engine.run(images), OpenVinoEngine(loaded, precision="float32").run(images)
     assert ours.logits.shape == theirs.logits.shape
     assert 0 < np.abs(ours.logits - theirs.logits).max() < 0.2 * np.abs(theirs.logits).max()
-    kinds = {op.get_type_name() for op in ov.Core().read_model(*loaded.int8 or ()).get_ops()}
-    assert "FakeQuantize" in kinds
+    graph = ov.Core().read_model(*loaded.int8 or ())
+    inputs = {
+        op.get_friendly_name(): op.input_value(0).get_node().get_type_name()
+        for op in graph.get_ops()
+        if "conv" in op.get_friendly_name()
+    }
+    assert inputs["trunk.layer1.0.conv2"] == "FakeQuantize"
+    assert all(inputs[name] != "FakeQuantize" for name in kept)
+
+
+def test_the_most_sensitive_convolution_is_the_one_that_rounding_hurts(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = np.arange(-127, 128, dtype=np.float32).reshape(1, -1, 1, 1)  # its 255 levels are whole numbers
+    spoilt = exact.copy()
+    spoilt[0, 0] = 40_000  # one weight takes nearly all the levels
+    version = LoadedVersion(
+        make_manifest(), {"trunk.a.weight": exact, "trunk.b.weight": spoilt, "trunk.c.weight": exact / 3}
+    )
+    # A network whose logits are its weights
+    monkeypatch.setattr(quantize, "build_graph", lambda _, weights: weights)
+    nothing = np.zeros(1, dtype=np.float32)
+    monkeypatch.setattr(
+        quantize,
+        "run",
+        lambda graph, _: Answers(np.concatenate([w.ravel() for w in graph.values()]).astype(np.float32), nothing),
+    )
+    monkeypatch.setattr(quantize, "KEPT", 1)
+    assert quantize.most_sensitive(version, np.zeros((1, 3, 2, 2), dtype=np.uint8)) == ["trunk.b"]
 
 
 def test_a_version_that_lost_too_much_goes_without(
     smoke_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(quantize, "CALIBRATION_IMAGES", 4)
+    monkeypatch.setattr(quantize, "most_sensitive", lambda *_: [])
     monkeypatch.setattr(quantize, "MOST_LOST", {"roc_auc": -2.0, "accuracy": -2.0})  # nothing is good enough
     main(["--store", str(smoke_store)])
     assert "without int8" in capsys.readouterr().out
