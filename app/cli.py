@@ -2,9 +2,15 @@
 
 import argparse
 import json
+import math
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import uvicorn
@@ -63,9 +69,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Server(uvicorn.Server):
+    """Ends with exit code 0 on the first SIGTERM or SIGINT, its requests answered, and at once with 1 on the second."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # uvicorn's own raises the signal again when all is done, so that an orderly stop looks like a kill (143)
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler's arguments
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
 def _serve(_: argparse.Namespace, settings: Settings) -> int:
-    app = create_app(settings)
-    uvicorn.run(app, host=settings.host, port=settings.port, log_level=settings.log_level, server_header=False)
+    config = uvicorn.Config(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(settings.timeout_ms / 1000),
+    )
+    server = _Server(config)
+    server.run()
+    if server.force_exit:
+        os._exit(1)  # a forward pass may still run in its thread, and nobody waits for it any more
     return 0
 
 

@@ -63,10 +63,12 @@ def render(cam: NDArray[np.float32], preview: Image.Image, *, style: Style, alph
         description: `Aim.description`, kept in the PNG's text beside the notice.
     """
     small = Image.fromarray(evidence(cam))
-    levels = (np.asarray(small.resize(preview.size, Image.Resampling.BICUBIC)).clip(0, 1) * 255).astype(np.uint8)
+    strength = np.asarray(small.resize(preview.size, Image.Resampling.BICUBIC)).clip(0, 1)
+    # Opacity goes with the root, and so do the 256 levels: weak evidence then fades without an edge
+    levels = (np.sqrt(strength) * 255).round().astype(np.uint8)
     picture = Image.fromarray(_colours()[levels])
     if style != "heatmap":
-        opacity = (255 * alpha * np.sqrt(np.arange(256) / 255)).round().astype(np.uint8)
+        opacity = (alpha * np.arange(256)).round().astype(np.uint8)
         picture = Image.composite(picture, preview, Image.fromarray(opacity[levels]))
     pixels = np.asarray(picture)
     if style == "side-by-side":
@@ -77,9 +79,9 @@ def render(cam: NDArray[np.float32], preview: Image.Image, *, style: Style, alph
 
 
 def _colours() -> NDArray[np.uint8]:
-    """Colour uint8[256,3] of each strength."""
+    """Colour uint8[256,3] of each level, the root of a strength."""
     stops = np.linspace(0, 1, len(ANCHORS))
-    channels = [np.interp(np.linspace(0, 1, 256), stops, c) for c in zip(*ANCHORS, strict=True)]
+    channels = [np.interp(np.linspace(0, 1, 256) ** 2, stops, c) for c in zip(*ANCHORS, strict=True)]
     return np.stack(channels, axis=1).round().astype(np.uint8)
 
 
