@@ -5,7 +5,7 @@ import base64
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from anyio import CapacityLimiter, to_thread
@@ -73,6 +73,7 @@ class Rule:
     operating_point: str
     coverage: str
     timeout_s: float
+    background: bool
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,18 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
         x_timeout_ms: Annotated[
             int | None, Header(ge=1, description="Milliseconds until a 504, where the server's own limit is later.")
         ] = None,
+        x_priority: Annotated[
+            Literal["interactive", "batch"], Header(description="`batch` lets every interactive image go first.")
+        ] = "interactive",
     ) -> Rule:
         check_choices(service.manifest, operating_point=operating_point, coverage=coverage)
         timeout_s = service.timeout_s if x_timeout_ms is None else min(service.timeout_s, x_timeout_ms / 1000)
-        return Rule(operating_point or service.operating_point, coverage or service.coverage, timeout_s)
+        return Rule(
+            operating_point or service.operating_point,
+            coverage or service.coverage,
+            timeout_s,
+            background=x_priority == "batch",
+        )
 
     chosen_rule = Depends(choose_rule)
 
@@ -137,7 +146,7 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
             ),
         )
         left_s = rule.timeout_s - (time.monotonic() - started)
-        result = await service.batcher.submit(image.pixels, timeout_s=left_s)
+        result = await service.batcher.submit(image.pixels, timeout_s=left_s, background=rule.background)
         metrics.stage_seconds.labels(stage="queue").observe(result.queue_s)
         metrics.stage_seconds.labels(stage="forward").observe(result.forward_s)
         metrics.batch_size.observe(result.batch_size)

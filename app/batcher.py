@@ -96,6 +96,7 @@ class MicroBatcher:
         self._max_wait_s = max_wait_ms / 1000
         self._max_queue = max_queue
         self._waiting: deque[_Image | _Call] = deque()
+        self._background: deque[_Image | _Call] = deque()  # runs where nothing else waits
         self._arrival = asyncio.Event()
         self._in_flight = in_flight
         self._on_drop = on_drop
@@ -108,7 +109,7 @@ class MicroBatcher:
     @property
     def depth(self) -> int:
         """Images and calls waiting now."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._background)
 
     @property
     def accepting(self) -> bool:
@@ -126,14 +127,17 @@ class MicroBatcher:
             await self._loop_task
         self._device.shutdown()
 
-    async def submit(self, image: NDArray[np.uint8], *, timeout_s: float) -> Result:
+    async def submit(self, image: NDArray[np.uint8], *, timeout_s: float, background: bool = False) -> Result:
         """Queue one uint8[3,S,S] image and wait for its result; every image of a batcher has the same shape.
+
+        Args:
+            background: let every image that is not in the background go first, however late it comes.
 
         Raises:
             QueueFull, DeadlineExceeded, ShuttingDown, NotFinite, or what `run` raised for this image alone.
         """
         item = _Image(image, asyncio.get_running_loop().create_future(), time.monotonic())
-        self._enqueue(item)
+        self._enqueue(item, self._background if background else self._waiting)
         try:
             return await _outcome(item.future, timeout_s)
         except (DeadlineExceeded, asyncio.CancelledError) as left:
@@ -148,21 +152,21 @@ class MicroBatcher:
             QueueFull, DeadlineExceeded, ShuttingDown, or what `work` raised.
         """
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._enqueue(_Call(work, future))
+        self._enqueue(_Call(work, future), self._waiting)
         return await _outcome(future, timeout_s)
 
-    def _enqueue(self, item: _Image | _Call) -> None:
+    def _enqueue(self, item: _Image | _Call, queue: deque[_Image | _Call]) -> None:
         if not self.accepting:
             raise ShuttingDown("the server is stopping: try another replica")
-        if len(self._waiting) >= self._max_queue:
-            raise QueueFull(max(1, math.ceil(len(self._waiting) * self._seconds_per_image)))
-        self._waiting.append(item)
+        if self.depth >= self._max_queue:
+            raise QueueFull(max(1, math.ceil(self.depth * self._seconds_per_image)))
+        queue.append(item)
         self._arrival.set()
 
     async def _form_batches(self) -> None:
-        while not (self._closing and not self._waiting):
+        while not (self._closing and not self.depth):
             await self._arrival.wait()
-            if self._max_wait_s and len(self._waiting) < self._max_batch and not self._closing:
+            if self._max_wait_s and self.depth < self._max_batch and not self._closing:
                 await asyncio.sleep(self._max_wait_s)
             work = self._take()
             if isinstance(work, _Call):
@@ -174,7 +178,7 @@ class MicroBatcher:
                 forward.add_done_callback(self._forwards.discard)
                 # The next batch is formed when it can run, and takes in what arrives until then
                 await self._until_running(self._in_flight - 1)
-            if not self._waiting and not self._closing:
+            if not self.depth and not self._closing:
                 self._arrival.clear()
         await self._until_running(0)
 
@@ -186,15 +190,15 @@ class MicroBatcher:
     def _take(self) -> list[_Image] | _Call:
         """The next batch or call. A caller that left or ran out of time has cancelled its future, and is dropped."""
         batch: list[_Image] = []
-        while self._waiting and len(batch) < self._max_batch:
-            item = self._waiting.popleft()
+        while (queue := self._waiting or self._background) and len(batch) < self._max_batch:
+            item = queue.popleft()
             if item.future.done():
                 continue
             if isinstance(item, _Image):
                 item.taken = True
                 batch.append(item)
             elif batch:
-                self._waiting.appendleft(item)  # its turn comes after this batch
+                queue.appendleft(item)  # its turn comes after this batch
                 break
             else:
                 return item

@@ -408,6 +408,17 @@ def test_a_request_may_wait_less_than_the_server_lets_it(
             assert "x-timeout-ms" in check_problem(answer, 422, "invalid-parameter")["detail"]
 
 
+def test_a_request_says_whether_it_can_wait(client: TestClient, lesion: bytes) -> None:
+    answers = [
+        client.post("/predict", content=lesion, headers=JPEG | {"X-Priority": priority})
+        for priority in ("interactive", "batch")
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].json()["probabilities"] == answers[1].json()["probabilities"]
+    wrong = client.post("/predict", content=lesion, headers=JPEG | {"X-Priority": "urgent"})
+    assert "x-priority" in check_problem(wrong, 422, "invalid-parameter")["detail"]
+
+
 def test_the_work_of_a_client_that_leaves_is_dropped_before_it_runs(
     careful_store: Path, lesion: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

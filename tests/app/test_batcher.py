@@ -121,6 +121,25 @@ def test_as_many_batches_are_in_flight_as_the_device_takes(in_flight: int) -> No
     run(test)
 
 
+def test_images_in_the_background_run_where_nothing_else_waits() -> None:
+    async def test() -> None:
+        device = Device()
+        async with running(device, max_batch=2, max_queue=5) as batcher:
+            first = await occupy(batcher, device)
+            later = [asyncio.create_task(batcher.submit(image(v), timeout_s=10, background=True)) for v in (10, 11, 12)]
+            await asyncio.sleep(0)
+            sooner = await queued(batcher, [1])
+            call = asyncio.create_task(batcher.call(lambda: device.batches.append([99]), timeout_s=10))
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFull):
+                await batcher.submit(image(2), timeout_s=10)  # both kinds fill the queue
+            device.gate.set()
+            await asyncio.gather(first, call, *later, *sooner)
+        assert device.batches == [[0], [1], [99], [10, 11], [12]]
+
+    run(test)
+
+
 def test_a_call_has_the_device_to_itself() -> None:
     async def test() -> None:
         device = Device()
