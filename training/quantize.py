@@ -29,7 +29,7 @@ from app.model.openvino_graph import build_graph
 from app.model.store import LoadedVersion
 from training.config import Config
 from training.data import Dataset, load_dataset
-from training.report import write_report
+from training.report import PREDICTIONS, write_report
 
 CALIBRATION_IMAGES = 300
 SENSITIVITY_IMAGES = 48
@@ -154,7 +154,9 @@ def publish_quantised(source: Path, root: Path, *, version: str) -> Comparison:
     found = compare(manifest, float32, run(stored, images), dataset.labels[held_out].numpy())
     rest = {file: (source / file).read_bytes() for file in manifest.files if file not in store.INT8}
     update = {"version": version, "created": datetime.now(UTC).replace(microsecond=0), "quantization": found}
-    write_report(store.publish(root, manifest.model_copy(update=update), rest | (files if found.shipped else {})))
+    folder = store.publish(root, manifest.model_copy(update=update), rest | (files if found.shipped else {}))
+    if PREDICTIONS in rest:
+        write_report(folder)
     return found
 
 
