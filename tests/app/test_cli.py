@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import uvicorn
 from PIL import Image
 
 from app.cli import main
@@ -191,7 +192,9 @@ def test_serve_fails_with_one_line_that_says_what_to_do(
 
 
 def test_serve_hands_the_app_and_the_options_to_uvicorn(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, object] = {}
-    monkeypatch.setattr("app.cli.uvicorn.run", lambda app, **options: seen.update(options, title=app.title))
+    seen: list[uvicorn.Config] = []
+    monkeypatch.setattr("app.cli._Server.run", lambda server: seen.append(server.config))
     assert run("serve", "--host", "0.0.0.0", "--port", "9001") == 0  # noqa: S104 - a value, nothing listens
-    assert (seen["title"], seen["host"], seen["port"]) == ("dermlens", "0.0.0.0", 9001)  # noqa: S104
+    (config,) = seen
+    assert (config.app.title, config.host, config.port) == ("dermlens", "0.0.0.0", 9001)  # type: ignore[union-attr]  # noqa: S104
+    assert config.timeout_graceful_shutdown == 30
