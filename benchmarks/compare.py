@@ -250,7 +250,8 @@ def ratios(found: dict[str, Figures], bare: Figures) -> Figures:
         peers = {run: f for run, f in found.items() if run.endswith(engine)}
         for scenario in (small, large):
             if peers:
-                best = max(peers, key=lambda run, s=scenario: peers[run][s]["per_s"])  # type: ignore[misc]
+                rates = {run: peer[scenario]["per_s"] for run, peer in peers.items()}
+                best = max(rates, key=rates.__getitem__)
                 answer[f"{scenario}, against the best peer {label} ({best})"] = (
                     ours[scenario]["per_s"] / peers[best][scenario]["per_s"]
                 )
@@ -358,9 +359,10 @@ def plot(result: Figures, path: Path) -> None:
     found = result["medians"]
     figure, axes = plt.subplots(1, len(SCENARIOS), figsize=(11, 4.5), layout="constrained")
     for axis, scenario in zip(axes, SCENARIOS, strict=True):
-        names = sorted(found, key=lambda run, s=scenario: float(found[run][s]["per_s"]))  # type: ignore[misc]
+        rates = {run: float(figures[scenario]["per_s"]) for run, figures in found.items()}
+        names = sorted(rates, key=rates.__getitem__)
         colours = ["#b02a6e" if n == "dermlens" else "#54188a" if n.endswith("openvino") else "#8a8fb0" for n in names]
-        bars = axis.barh(names, [found[n][scenario]["per_s"] for n in names], color=colours)
+        bars = axis.barh(names, [rates[n] for n in names], color=colours)
         axis.bar_label(bars, fmt="%.0f", padding=3)
         axis.set_title(f"{scenario}, {SCENARIOS[scenario][1]} clients")
         axis.set_xlabel("requests a second")

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ def peak(precision: str, *, device: str) -> float | None:
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if precision == "int8":
         a = torch.randint(-128, 127, (PEAK_SIDE, PEAK_SIDE), dtype=torch.int8, device=device)
-        work: Callable[[], object] = lambda: torch._int_mm(a, a)  # noqa: E731
+        work: Callable[[], object] = partial(torch._int_mm, a, a)
     else:
         a = torch.randn(PEAK_SIDE, PEAK_SIDE, device=device).to(kinds[precision])
 
@@ -127,7 +128,7 @@ def table(version: LoadedVersion, *, budget: float) -> list[dict[str, Any]]:
                 f"{floors[0]:.2f} ms of arithmetic, {floors[1]:.2f} of memory; a batch {floors[2]:.2f} for its weights"
             )
         for batch in BATCHES:
-            seconds = seconds_of(lambda e=engine, b=batch: e.run(images[:b]), budget=budget)  # type: ignore[misc]
+            seconds = seconds_of(partial(engine.run, images[:batch]), budget=budget)
             rate = flops * batch / seconds
             row = {
                 "engine": name,
@@ -159,7 +160,7 @@ def decoding(*, budget: float) -> list[dict[str, Any]]:
             image = Image.open(io.BytesIO(data)).convert("RGB")
             return np.asarray(image.resize((224, 224), Image.Resampling.BILINEAR))
 
-        ours = seconds_of(lambda d=data: decode(d), budget=budget / 4)  # type: ignore[misc]
+        ours = seconds_of(partial(decode, data), budget=budget / 4)
         theirs = seconds_of(full, budget=budget / 4)
         seen = decode(data)
         size = f"{seen.width}×{seen.height}"
@@ -202,7 +203,7 @@ def main() -> None:
         precision: Any = os.environ.get("DERMLENS_PRECISION", "auto")
         engine = build_engine("auto", version, precision=precision)
         images = np.zeros((max(BATCHES), 3, 224, 224), dtype=np.uint8)
-        rates = {b: b / seconds_of(lambda b=b: engine.run(images[:b]), budget=options.loop / 4) for b in (4, 8, 16, 32)}  # type: ignore[misc]
+        rates = {b: b / seconds_of(partial(engine.run, images[:b]), budget=options.loop / 4) for b in (4, 8, 16, 32)}
         best = max(rates, key=lambda batch: rates[batch])
         print(json.dumps({"batch": best, "per_s": rates[best], "precision": engine.precision}))
         return

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from app.model import store
@@ -29,6 +28,7 @@ from app.model.openvino_graph import build_graph
 from app.model.store import LoadedVersion
 from training.config import Config
 from training.data import Dataset, load_dataset
+from training.evaluate import all_metrics
 from training.report import PREDICTIONS, write_report
 
 CALIBRATION_IMAGES = 300
@@ -114,8 +114,8 @@ def _figures(manifest: Manifest, probabilities: NDArray[np.float64], labels: NDA
     if point is None:
         return {"accuracy": float((probabilities.argmax(axis=1) == labels).mean())}
     positive = probabilities[:, 1]
-    accuracy = float(((positive >= point.threshold) == labels).mean())
-    return {"roc_auc": float(roc_auc_score(labels, positive)), "accuracy": accuracy}
+    measured = all_metrics(labels, positive, positive >= point.threshold)
+    return {name: measured[name] for name in MOST_LOST}
 
 
 def _spread(values: NDArray[Any], quantiles: dict[str, float]) -> dict[str, float]:

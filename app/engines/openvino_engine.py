@@ -1,12 +1,13 @@
 """OpenVINO on the CPU, in the fastest arithmetic that the processor and the version allow; torch is not imported."""
 
+import functools
 from typing import Literal
 
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from app.engines.base import EngineUnavailable, Output, Precision
+from app.engines.base import Engine, EngineUnavailable, Output, Precision
 from app.model.openvino_graph import build_graph
 from app.model.overlay import Method
 from app.model.store import LoadedVersion
@@ -45,10 +46,15 @@ class OpenVinoEngine:
         return Output(logits, cam)
 
     def attribute(self, image: NDArray[np.uint8], method: Method, *, target: int) -> NDArray[np.float32]:
-        """As `TorchEngine.attribute`; torch is imported, and its network built, when the first call asks for it."""
+        """As `TorchEngine.attribute`, whose network the first call builds."""
+        return self._reference.attribute(image, method, target=target)
+
+    @functools.cached_property
+    def _reference(self) -> Engine:
+        """torch, imported for the few who ask for its methods."""
         from app.engines.torch_engine import TorchEngine
 
-        return TorchEngine(self._version, device="cpu", threads=self._threads).attribute(image, method, target=target)
+        return TorchEngine(self._version, device="cpu", threads=self._threads)
 
 
 def computes_bfloat16() -> bool:

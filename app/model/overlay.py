@@ -1,5 +1,6 @@
 """Map of the evidence -> picture. ReLU and normalisation happen here, per image; the raw peak travels beside it."""
 
+import functools
 import struct
 import zlib
 from collections.abc import Mapping
@@ -78,6 +79,7 @@ def render(cam: NDArray[np.float32], preview: Image.Image, *, style: Style, alph
     return Overlay(png=png, peak=peak, empty=peak <= 0)
 
 
+@functools.cache
 def _colours() -> NDArray[np.uint8]:
     """Colour uint8[256,3] of each level, the root of a strength."""
     stops = np.linspace(0, 1, len(ANCHORS))
