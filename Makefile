@@ -2,11 +2,15 @@
 # make test    the same environment, then the suite
 # make bench   the engines, decoding, and the server as its load grows; bench-peers: the server beside others
 # make report  the served version's report again, from the CSV files it carries
+# make soak    the server under ten times its load, then 30 minutes of mixed traffic, faults and reloads
+# make fuzz    an hour of coverage-guided fuzzing of what strangers send; make coverage: of app/ by the suite
+# make mutation  changes the code and sees whether the tests notice; MUTANTS="app.batcher.*" for a part, hours for all
+# make audit   known weaknesses of the dependencies; sbom: what is installed; lock: requirements.lock again
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup serve test check report bench bench-peers
+.PHONY: setup serve test check report bench bench-peers soak fuzz coverage mutation audit sbom lock
 
 setup: $(INSTALLED)
 
@@ -33,6 +37,47 @@ bench: setup
 
 bench-peers: setup
 	$(VENV)/bin/python benchmarks/compare.py
+
+soak: setup
+	$(VENV)/bin/python benchmarks/overload.py
+	$(VENV)/bin/python benchmarks/soak.py
+
+# for each target
+FUZZ_SECONDS ?= 1200
+fuzz: setup
+	$(VENV)/bin/python tests/fuzz/fuzz.py decode -max_total_time=$(FUZZ_SECONDS)
+	$(VENV)/bin/python tests/fuzz/fuzz.py multipart -max_total_time=$(FUZZ_SECONDS)
+	$(VENV)/bin/python tests/fuzz/fuzz.py v2 -max_total_time=$(FUZZ_SECONDS)
+
+coverage: setup
+	$(VENV)/bin/coverage run -m pytest -q
+	$(VENV)/bin/coverage combine --quiet
+	$(VENV)/bin/coverage report --fail-under=95
+
+mutation: setup
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check mutmut==3.8.1
+	$(VENV)/bin/mutmut run $(if $(MUTANTS),"$(MUTANTS)")
+	$(VENV)/bin/mutmut results
+
+TOOLS := $(VENV)/tools
+$(TOOLS)/.installed: | setup
+	"$(PYTHON)" -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1 cyclonedx-bom==7.5.0 uv==0.13.9
+	@touch $@
+
+audit: $(TOOLS)/.installed
+	$(TOOLS)/bin/pip-audit --strict --require-hashes --disable-pip -r requirements.lock
+
+sbom: $(TOOLS)/.installed
+	mkdir -p dist
+	$(TOOLS)/bin/cyclonedx-py environment $(VENV)/bin/python --pyproject pyproject.toml --output-reproducible --of JSON -o dist/sbom.json
+
+# What the server needs without torch, each file with its hashes
+lock: $(TOOLS)/.installed
+	{ sed -n '1,3p' requirements.lock; sed -n '/^dependencies = \[/,/^\]/s/^ *"\(.*\)",$$/\1/p' pyproject.toml | \
+	  grep -vE '^(torch|torchvision|captum)\b' | $(TOOLS)/bin/uv pip compile --quiet - --constraint constraints.txt \
+	  --generate-hashes --no-header --no-annotate --python-version 3.11 --python-platform x86_64-manylinux_2_28; \
+	} > requirements.lock.new && mv requirements.lock.new requirements.lock
 
 check: setup
 	$(VENV)/bin/ruff format --check .

@@ -3,24 +3,25 @@
 import asyncio
 import base64
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-import numpy as np
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from fastapi.responses import JSONResponse
-from numpy.typing import NDArray
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from app.batcher import MicroBatcher, Result
+from app import logs
+from app.audit import AuditLog
+from app.batcher import DeadlineExceeded, Result
 from app.errors import KINDS, report
 from app.metrics import Metrics
-from app.model.labels import PREDICTED, Judgement, check_choices, judge
-from app.model.manifest import Manifest
+from app.model.labels import OFF, PREDICTED, Judgement, check_choices, judge
+from app.model.manifest import Identifier, Manifest
 from app.model.overlay import Method, Overlay, Style, aim, render
-from app.model.preprocess import PREVIEW_SIDE, DecodedImage, JpegDecoder, decode
+from app.model.preprocess import PREVIEW_SIDE, DecodedImage
 from app.schemas import (
     BatchItem,
     Explanation,
@@ -28,52 +29,44 @@ from app.schemas import (
     ModelInfo,
     Models,
     Prediction,
-    Problem,
+    Promoted,
     prediction_fields,
 )
+from app.security import KeyRing, guard
+from app.served import Running, Served
 from app.upload import read_image, read_images, while_connected
 
 T = TypeVar("T")
 IMAGE = {"type": "string", "format": "binary"}
 PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": "A problem, as application/problem+json."}
+    status: {
+        "description": "What is wrong, and what to do about it.",
+        "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+    }
     for status in sorted({kind.status for kind in KINDS.values()})
 }
+REFUSALS: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status in (401, 403, 429)}
 
 
-class Attribute(Protocol):
-    """`app.engines.base.Engine.attribute`."""
+class Decode(Protocol):
+    """`app.model.preprocess.decode`, or the same in a process of its own; for a worker thread."""
 
-    def __call__(self, image: NDArray[np.uint8], method: Method, *, target: int) -> NDArray[np.float32]: ...
-
-
-@dataclass(frozen=True)
-class Service:
-    """What the routes need, built once in `main`."""
-
-    batcher: MicroBatcher
-    attribute: Attribute  # for `batcher.call` alone
-    jpeg: JpegDecoder | None  # in place of Pillow
-    manifest: Manifest
-    metrics: Metrics
-    list_models: Callable[[], list[ModelInfo]]
-    workers: CapacityLimiter  # threads that decode and draw
-    operating_point: str
-    coverage: str
-    max_upload_bytes: int
-    max_pixels: int
-    max_batch_files: int
-    timeout_s: float
+    def __call__(self, data: bytes, *, size: int, max_pixels: int, preview_side: int) -> DecodedImage: ...
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How this request wants its probabilities judged, and how long it waits for them."""
+    """What answers this request, how it wants its probabilities judged, and how long it waits for them."""
 
+    running: Running
     operating_point: str
     coverage: str
     timeout_s: float
     background: bool
+
+    def admit(self, images: int = 1) -> AbstractContextManager[None]:
+        """As `MicroBatcher.admit`, for images that have been read."""
+        return self.running.batcher.admit(images, timeout_s=self.timeout_s, background=self.background)
 
 
 @dataclass(frozen=True)
@@ -83,6 +76,95 @@ class Answer:
     image: DecodedImage
     result: Result
     judgement: Judgement
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the routes need, built once in `main`."""
+
+    served: Served
+    decode: Decode
+    audit: AuditLog | None
+    metrics: Metrics
+    list_models: Callable[[], list[ModelInfo]]
+    promote: Callable[[str], Awaitable[str]]  # a version in place of the one whose name it gives
+    workers: CapacityLimiter  # threads that decode and draw
+    operating_point: str
+    coverage: str
+    max_upload_bytes: int
+    max_pixels: int
+    max_batch_files: int
+    max_batch_bytes: int
+    read_timeout_s: float
+    timeout_ms: int
+
+    def took(self, stage: str, seconds: float) -> None:
+        self.metrics.stage_seconds.labels(stage=stage).observe(seconds)
+        logs.note_stage(stage, seconds)
+
+    async def timed(self, stage: str, work: Awaitable[T]) -> T:
+        started = time.perf_counter()
+        try:
+            return await work
+        finally:
+            self.took(stage, time.perf_counter() - started)
+
+    async def in_worker(self, stage: str, work: Callable[[], T]) -> T:
+        return await self.timed(stage, to_thread.run_sync(work, limiter=self.workers))
+
+    async def see(self, request: Request, data: bytes, rule: Rule, *, preview_side: int = 0) -> Answer:
+        """Decode, run and judge one image."""
+        started = time.monotonic()
+        manifest, batcher = rule.running.manifest, rule.running.batcher
+        size = manifest.preprocessing.size
+        try:
+            async with asyncio.timeout(rule.timeout_s):  # who waits for a thread in vain is never decoded
+                image = await self.in_worker(
+                    "decode",
+                    lambda: self.decode(data, size=size, max_pixels=self.max_pixels, preview_side=preview_side),
+                )
+        except TimeoutError:
+            raise DeadlineExceeded(f"not decoded within {rule.timeout_s:g} s: allow more time, or try again") from None
+        left_s = rule.timeout_s - (time.monotonic() - started)
+        result = await batcher.submit(image.pixels, timeout_s=left_s, background=rule.background)
+        self.took("queue", result.queue_s)
+        self.took("forward", result.forward_s)
+        self.metrics.batch_size.observe(result.batch_size)
+        judgement = judge(result.logits, manifest, rule.operating_point, coverage=rule.coverage)
+        self.metrics.predictions.labels(label=judgement.label, version=manifest.version).inc()
+        self.metrics.referred.labels(version=manifest.version).inc(judgement.refer)
+        await self._record(request, data, judgement, manifest)
+        return Answer(image, result, judgement)
+
+    async def _record(self, request: Request, data: bytes, judgement: Judgement, manifest: Manifest) -> None:
+        """No answer is given without its record in the audit log, where there is one."""
+        audit = self.audit
+        if audit is None:
+            return
+        entry = {
+            "request_id": request.scope["request_id"],
+            "key": request.scope.get("key_name"),
+            "route": request.scope["route"].path,
+            "model": manifest.name,
+            "version": manifest.version,
+            "label": judgement.label,
+            "probabilities": judgement.probabilities,
+            "operating_point": judgement.operating_point,
+            "positive": judgement.positive,
+            "refer": judgement.refer,
+        }
+        # Not among the workers that decode: it waits for the disk
+        number = await to_thread.run_sync(lambda: audit.append(data, **entry))
+        logs.note(audit_number=number)
+
+    async def unready(self) -> str | None:
+        """Why no work is taken now; None where it is."""
+        batcher = self.served.now.batcher
+        if not batcher.accepting:
+            return batcher.failure or "the server is starting or stopping"
+        if self.audit is not None and not await to_thread.run_sync(self.audit.ready):
+            return "the audit log cannot be written"
+        return None
 
 
 def body(schema: dict[str, Any]) -> dict[str, Any]:
@@ -99,105 +181,108 @@ MANY_IMAGES = body(
 )
 
 
-def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure a route
-    """The routes over a service."""
+def build_router(service: Service, keys: KeyRing | None = None) -> APIRouter:  # noqa: PLR0915 - one closure a route
+    """The routes over a service; with `keys` each asks for a key of its scope, health alone for none."""
     router = APIRouter()
+    may_predict = guard(keys, "predict")
     metrics = service.metrics
-    model_headers = {"X-Model-Version": service.manifest.version}
-
-    async def in_worker(stage: str, work: Callable[[], T]) -> T:
-        started = time.perf_counter()
-        try:
-            return await to_thread.run_sync(work, limiter=service.workers)
-        finally:
-            metrics.stage_seconds.labels(stage=stage).observe(time.perf_counter() - started)
+    first = service.served.now.manifest  # what the description names; each request is held to the version it gets
+    points = sorted({service.operating_point, *first.operating_points})
+    coverages = sorted({service.coverage, OFF, *first.abstention})
+    targets = [PREDICTED, *first.classes]
 
     async def choose_rule(
-        operating_point: Annotated[str | None, Query(description="In place of the server's default.")] = None,
+        request: Request,
+        response: Response,
+        operating_point: Annotated[
+            str, Query(description="Where the decision's threshold lies.", json_schema_extra={"enum": points})
+        ] = service.operating_point,
         coverage: Annotated[
-            str | None, Query(description="In place of the server's default; `off` never refers.")
-        ] = None,
+            str, Query(description="Of the abstention rule; `off` never refers.", json_schema_extra={"enum": coverages})
+        ] = service.coverage,
         x_timeout_ms: Annotated[
-            int | None, Header(ge=1, description="Milliseconds until a 504, where the server's own limit is later.")
-        ] = None,
+            int, Header(ge=1, description="Milliseconds until a 504, where the server's own limit is later.")
+        ] = service.timeout_ms,
         x_priority: Annotated[
             Literal["interactive", "batch"], Header(description="`batch` lets every interactive image go first.")
         ] = "interactive",
-    ) -> Rule:
-        check_choices(service.manifest, operating_point=operating_point, coverage=coverage)
-        timeout_s = service.timeout_s if x_timeout_ms is None else min(service.timeout_s, x_timeout_ms / 1000)
-        return Rule(
-            operating_point or service.operating_point,
-            coverage or service.coverage,
-            timeout_s,
-            background=x_priority == "batch",
-        )
+    ) -> AsyncIterator[Rule]:
+        """What answers this request, until it is answered; refused before its body is read where there is no place."""
+        timeout_s = min(service.timeout_ms, x_timeout_ms) / 1000
+        with service.served.use() as running:
+            # Only what was asked for: a default that this version can make nothing of does no harm
+            asked = request.query_params
+            check_choices(
+                running.manifest, operating_point=asked.get("operating_point"), coverage=asked.get("coverage")
+            )
+            rule = Rule(
+                running,
+                operating_point,
+                coverage,
+                timeout_s,
+                background=x_priority == "batch",
+            )
+            running.batcher.refuse_if_full(timeout_s=timeout_s, background=rule.background)
+            response.headers["X-Model-Version"] = running.manifest.version
+            logs.note(model_version=running.manifest.version)
+            yield rule
 
     chosen_rule = Depends(choose_rule)
 
-    async def see(data: bytes, rule: Rule, *, preview_side: int = 0) -> Answer:
-        """Decode, run and judge one image."""
-        started = time.monotonic()
-        size, manifest = service.manifest.preprocessing.size, service.manifest
-        image = await in_worker(
-            "decode",
-            lambda: decode(
-                data, size=size, max_pixels=service.max_pixels, preview_side=preview_side, jpeg=service.jpeg
-            ),
-        )
-        left_s = rule.timeout_s - (time.monotonic() - started)
-        result = await service.batcher.submit(image.pixels, timeout_s=left_s, background=rule.background)
-        metrics.stage_seconds.labels(stage="queue").observe(result.queue_s)
-        metrics.stage_seconds.labels(stage="forward").observe(result.forward_s)
-        metrics.batch_size.observe(result.batch_size)
-        judgement = judge(result.logits, manifest, rule.operating_point, coverage=rule.coverage)
-        metrics.predictions.labels(label=judgement.label, version=manifest.version).inc()
-        metrics.referred.labels(version=manifest.version).inc(judgement.refer)
-        return Answer(image, result, judgement)
-
     async def read_one(request: Request) -> bytes:
-        with metrics.stage_seconds.labels(stage="read").time():
-            return await read_image(request, max_bytes=service.max_upload_bytes)
+        data = await service.timed(
+            "read", read_image(request, max_bytes=service.max_upload_bytes, read_timeout_s=service.read_timeout_s)
+        )
+        logs.note(bytes_in=len(data))
+        return data
 
-    def fields(answer: Answer, request: Request) -> dict[str, Any]:
+    def fields(answer: Answer, rule: Rule, request: Request) -> dict[str, Any]:
         return prediction_fields(
             answer.judgement,
             answer.image,
-            manifest=service.manifest,
+            manifest=rule.running.manifest,
             request_id=request.scope["request_id"],
         )
 
-    @router.post("/predict", openapi_extra=ONE_IMAGE, responses=PROBLEMS, tags=["inference"])
-    async def predict(request: Request, response: Response, rule: Annotated[Rule, chosen_rule]) -> Prediction:
+    @router.post("/predict", dependencies=may_predict, openapi_extra=ONE_IMAGE, responses=PROBLEMS, tags=["inference"])
+    async def predict(request: Request, rule: Annotated[Rule, chosen_rule]) -> Prediction:
         """Classify one dermoscopic image: multipart field `file`, or the image as the raw body."""
-        response.headers.update(model_headers)
         data = await read_one(request)
-        return Prediction(**fields(await while_connected(request, see(data, rule)), request))
+        with rule.admit():
+            return Prediction(**fields(await while_connected(request, service.see(request, data, rule)), rule, request))
 
-    @router.post("/predict/batch", openapi_extra=MANY_IMAGES, responses=PROBLEMS, tags=["inference"])
-    async def predict_batch(
-        request: Request, response: Response, rule: Annotated[Rule, chosen_rule]
-    ) -> list[BatchItem]:
+    @router.post(
+        "/predict/batch", dependencies=may_predict, openapi_extra=MANY_IMAGES, responses=PROBLEMS, tags=["inference"]
+    )
+    async def predict_batch(request: Request, rule: Annotated[Rule, chosen_rule]) -> list[BatchItem]:
         """Classify several images, multipart field `files`; a bad one fails alone and keeps its place."""
-        response.headers.update(model_headers)
-        with metrics.stage_seconds.labels(stage="read").time():
-            files = await read_images(
-                request, field="files", max_bytes=service.max_upload_bytes, max_files=service.max_batch_files
-            )
+        reading = read_images(
+            request,
+            field="files",
+            max_bytes=service.max_upload_bytes,
+            max_files=service.max_batch_files,
+            max_total_bytes=service.max_batch_bytes,
+            read_timeout_s=service.read_timeout_s,
+        )
+        files = await service.timed("read", reading)
+        logs.note(bytes_in=sum(map(len, files)))
 
         async def one(index: int, data: bytes) -> BatchItem:
             try:
-                return BatchItem(index=index, prediction=Prediction(**fields(await see(data, rule), request)))
+                return BatchItem(
+                    index=index, prediction=Prediction(**fields(await service.see(request, data, rule), rule, request))
+                )
             except Exception as error:
                 problem = report(error, request.scope["request_id"], metrics)
                 return BatchItem(index=index, problem=problem)
 
-        return list(
-            await while_connected(request, asyncio.gather(*(one(index, data) for index, data in enumerate(files))))
-        )
+        with rule.admit(len(files)):
+            everything = asyncio.gather(*(one(index, data) for index, data in enumerate(files)))
+            return list(await while_connected(request, everything))
 
     @router.post(
         "/explain",
+        dependencies=may_predict,
         openapi_extra=ONE_IMAGE,
         responses=PROBLEMS | {200: {"model": Explanation, "content": {"image/png": {"schema": IMAGE}}}},
         tags=["inference"],
@@ -205,35 +290,38 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
     async def explain(
         request: Request,
         rule: Annotated[Rule, chosen_rule],
-        target: Annotated[str, Query(description="`predicted` or a class name.")] = PREDICTED,
+        target: Annotated[
+            str, Query(description="`predicted` or a class name.", json_schema_extra={"enum": targets})
+        ] = PREDICTED,
         style: Annotated[Style, Query()] = "overlay",
         method: Annotated[Method, Query(description="All but `gradcam` take many seconds on a CPU.")] = "gradcam",
         alpha: Annotated[float, Query(ge=0, le=1, description="Opacity at the peak of the evidence.")] = 0.6,
         accept: Annotated[str, Header()] = "image/png",
     ) -> Response:
         """Show where the evidence lies: a PNG, or JSON for `Accept: application/json`."""
-        check_choices(service.manifest, target=target)
+        manifest, batcher = rule.running.manifest, rule.running.batcher
+        check_choices(manifest, target=target)
         data = await read_one(request)
-        started = time.monotonic()
-        answer = await while_connected(request, see(data, rule, preview_side=PREVIEW_SIDE))
-        shown = aim(target, method, judgement=answer.judgement, manifest=service.manifest)
-        raw = answer.result.cam[shown.index]
-        if method != "gradcam":
-            with metrics.stage_seconds.labels(stage="attribute").time():
-                raw = await while_connected(
-                    request,
-                    service.batcher.call(
-                        lambda: service.attribute(answer.image.pixels, method, target=shown.index),
-                        timeout_s=rule.timeout_s - (time.monotonic() - started),
-                    ),
+        with rule.admit():
+            started = time.monotonic()
+            answer = await while_connected(request, service.see(request, data, rule, preview_side=PREVIEW_SIDE))
+            shown = aim(target, method, judgement=answer.judgement, manifest=manifest)
+            raw = answer.result.cam[shown.index]
+            if method != "gradcam":
+                attribution = batcher.call(
+                    lambda: rule.running.engine.attribute(answer.image.pixels, method, target=shown.index),
+                    timeout_s=rule.timeout_s - (time.monotonic() - started),
                 )
+                raw = await service.timed("attribute", while_connected(request, attribution))
 
-        def draw() -> Overlay:
-            return render(raw, answer.image.preview, style=style, alpha=alpha, description=shown.description)
+            def draw() -> Overlay:
+                return render(raw, answer.image.preview, style=style, alpha=alpha, description=shown.description)
 
-        overlay = await in_worker("render", draw)
-        last = service.manifest.classes[-1]
-        headers = model_headers | {
+            overlay = await service.in_worker("render", draw)
+
+        last = manifest.classes[-1]
+        headers = {
+            "X-Model-Version": manifest.version,
             f"X-Probability-{last.capitalize()}": f"{answer.judgement.probabilities[last]:.6f}",
             "X-CAM-Peak": f"{overlay.peak:.6g}",
             "X-CAM-Empty": str(overlay.empty).lower(),
@@ -241,7 +329,7 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
         if "application/json" not in accept:
             return Response(overlay.png, media_type="image/png", headers=headers)
         explanation = Explanation(
-            **fields(answer, request),
+            **fields(answer, rule, request),
             target=shown.label,
             method=method,
             map=raw.tolist(),
@@ -251,11 +339,21 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
         )
         return JSONResponse(explanation.model_dump(), headers=headers)
 
-    @router.get("/models", tags=["model"])
+    @router.get("/models", dependencies=may_predict, responses=REFUSALS, tags=["model"])
     async def models() -> Models:
         """The published versions, the served one, and their metrics."""
         listed = await to_thread.run_sync(service.list_models, limiter=service.workers)
-        return Models(name=service.manifest.name, versions=listed)
+        return Models(name=service.served.now.manifest.name, versions=listed)
+
+    @router.post(
+        "/models/{version}/promote",
+        dependencies=guard(keys, "admin"),
+        responses=PROBLEMS,
+        tags=["model"],
+    )
+    async def promote(version: Identifier) -> Promoted:
+        """Make a version the current one and serve it, once it is loaded and has run; needs a key of scope `admin`."""
+        return Promoted(version=version, previous=await service.promote(version))
 
     @router.get("/livez", tags=["health"])
     async def livez() -> Health:
@@ -265,12 +363,17 @@ def build_router(service: Service) -> APIRouter:  # noqa: PLR0915 - one closure 
     @router.get("/readyz", responses={503: {"model": Health}}, tags=["health"])
     async def readyz(response: Response) -> Health:
         """200 when the model is loaded, warm and taking work; else 503 with the reason."""
-        if service.batcher.accepting:
-            return Health(status="ok")
-        response.status_code = 503
-        return Health(status="unavailable", reason="the server is starting or stopping")
+        reason = await service.unready()
+        response.status_code = 503 if reason else 200
+        return Health(status="unavailable" if reason else "ok", reason=reason)
 
-    @router.get("/metrics", tags=["health"])
+    @router.get(
+        "/metrics",
+        dependencies=guard(keys, "metrics"),
+        responses=REFUSALS,
+        tags=["health"],
+        response_class=PlainTextResponse,
+    )
     async def scrape() -> Response:
         """Prometheus text."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

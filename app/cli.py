@@ -1,29 +1,48 @@
-"""dermlens serve | predict | explain | models"""
+"""dermlens serve | predict | explain | models | keys | audit"""
 
 import argparse
 import json
+import logging
 import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
+from typing import get_args
 
 import numpy as np
 import uvicorn
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from app import logs
+from app.audit import AuditBroken, AuditFailed, AuditLocked, Secret, find, verify
 from app.engines.base import EngineUnavailable
 from app.main import OpenModel, create_app, list_models, open_model
 from app.model import store
 from app.model.labels import NOTICE, PREDICTED, Judgement, check_choices, judge
 from app.model.overlay import METHODS, aim, render
 from app.model.preprocess import PREVIEW_SIDE, DecodedImage, ImageError, decode
+from app.protocol import GuardedProtocol
+from app.security import Scope, new_key
 from app.settings import Settings
+
+REFUSALS = (
+    store.StoreError,
+    EngineUnavailable,
+    AuditLocked,
+    AuditBroken,
+    AuditFailed,
+    ValueError,
+    OSError,
+    RuntimeError,
+)
+FAILED = 70  # EX_SOFTWARE of sysexits.h: the device is lost or stuck, start the server again
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         sys.stderr.write(f"dermlens: DERMLENS_{str(first['loc'][0]).upper()}: {first['msg']}\n")
-    except (store.StoreError, EngineUnavailable, ValueError, OSError) as error:
+    except REFUSALS as error:
         sys.stderr.write(f"dermlens: {error}\n")
     sys.exit(2)
 
@@ -63,10 +82,45 @@ def _parser() -> argparse.ArgumentParser:
     for command in (predict, explain):
         command.add_argument("--operating-point", metavar="NAME", help="in place of DERMLENS_OPERATING_POINT")
         command.add_argument("--coverage", help="in place of DERMLENS_COVERAGE; off never refers")
-    models = commands.add_parser("models", help="list the published versions")
+    _add_models(commands.add_parser("models", help="the published versions"))
+    keys = commands.add_parser("keys", help="make API keys").add_subparsers(required=True, metavar="ACTION")
+    new = keys.add_parser("new", help="draw a key; it is shown once, its entry for the key file goes to stdout")
+    new.add_argument("name", help="who will hold it; appears in logs")
+    new.add_argument("--scope", action="append", dest="scopes", required=True, choices=get_args(Scope))
+    new.add_argument("--per-minute", type=int, help="requests a minute at most")
+    new.set_defaults(run=_new_key)
+    _add_audit(commands.add_parser("audit", help="check the audit log, or list an image's records"))
+    return parser
+
+
+def _add_audit(audit: argparse.ArgumentParser) -> None:
+    actions = audit.add_subparsers(required=True, metavar="ACTION")
+    check = actions.add_parser("verify", help="exit code 1 where the log is not as it was written")
+    check.add_argument("log", type=Path, metavar="PATH")
+    check.set_defaults(run=_audit_verify)
+    look = actions.add_parser("find", help="the records of an image file, one JSON object a line")
+    look.add_argument("image", type=Path, metavar="IMAGE")
+    look.add_argument("--log", type=Path, required=True, metavar="PATH")
+    look.set_defaults(run=_audit_find)
+    for action in (check, look):
+        action.add_argument("--key-file", type=Path, required=True, help="what DERMLENS_AUDIT_KEY_FILE names")
+
+
+def _add_models(models: argparse.ArgumentParser) -> None:
     models.add_argument("--json", action="store_true", help="the manifests as JSON")
     models.set_defaults(run=_models)
-    return parser
+    actions = models.add_subparsers(metavar="ACTION")
+    for name, run, text in (
+        ("promote", _promote, "make a version the current one; a running server follows"),
+        ("verify", _verify, "check every file of a version against its hash"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("version")
+        action.set_defaults(run=run)
+    actions.add_parser("rollback", help="back to the version that was current before").set_defaults(run=_rollback)
+    prune = actions.add_parser("prune", help="delete old versions; the current and the previous one stay")
+    prune.add_argument("--keep", type=int, default=3, help="newest versions to keep (default 3)")
+    prune.set_defaults(run=_prune)
 
 
 class _Server(uvicorn.Server):
@@ -88,19 +142,34 @@ class _Server(uvicorn.Server):
 
 
 def _serve(_: argparse.Namespace, settings: Settings) -> int:
+    logs.configure(settings.log_level, settings.log_format)
     config = uvicorn.Config(
-        create_app(settings),
+        create_app(settings, on_failure=_end_soon),
         host=settings.host,
         port=settings.port,
-        log_level=settings.log_level,
+        log_config=None,
+        access_log=False,
         server_header=False,
+        http=GuardedProtocol,
+        ws="none",
         timeout_graceful_shutdown=math.ceil(settings.timeout_ms / 1000),
     )
     server = _Server(config)
     server.run()
-    if server.force_exit:
-        os._exit(1)  # a forward pass may still run in its thread, and nobody waits for it any more
-    return 0
+    logging.shutdown()
+    # All is answered and closed, or nobody waits any more: what is left are threads that may still run, and libraries
+    # whose clean-up at exit has crashed (OpenVINO, once a version had been replaced)
+    os._exit(1 if server.force_exit else 0)
+
+
+def _end_soon(_: str) -> None:
+    """End the process once those who wait have been told; from any thread, whatever hangs."""
+
+    def end() -> None:
+        logging.shutdown()
+        os._exit(FAILED)
+
+    threading.Timer(1, end).start()
 
 
 def _predict(options: argparse.Namespace, settings: Settings) -> int:
@@ -164,9 +233,9 @@ def _see(
 def _models(options: argparse.Namespace, settings: Settings) -> int:
     try:
         served = store.current(settings.model_store, settings.model_name)
-    except store.VersionMissing:
+    except store.StoreError as error:
         served = None
-        sys.stderr.write("no version is current\n")
+        sys.stderr.write(f"{error}\n")
     for model in list_models(settings.model_store, settings.model_name, served):
         if options.json:
             print(model.model_dump_json())
@@ -175,6 +244,57 @@ def _models(options: argparse.Namespace, settings: Settings) -> int:
         metrics = (model.manifest or {}).get("metrics", {})
         figures = "  ".join(f"{k} {m['value']:.3f} ({m['low']:.3f}–{m['high']:.3f})" for k, m in metrics.items())
         print(f"{line}  {model.problem or figures}")
+    return 0
+
+
+def _promote(options: argparse.Namespace, settings: Settings) -> int:
+    store.promote(settings.model_store, settings.model_name, options.version)
+    print(f"{settings.model_name} {options.version} is current")
+    return 0
+
+
+def _rollback(_: argparse.Namespace, settings: Settings) -> int:
+    version = store.rollback(settings.model_store, settings.model_name)
+    print(f"{settings.model_name} {version} is current again")
+    return 0
+
+
+def _verify(options: argparse.Namespace, settings: Settings) -> int:
+    manifest = store.verify(settings.model_store, settings.model_name, options.version)
+    print(f"{manifest.name} {manifest.version}: {len(manifest.files)} files are as they were published")
+    return 0
+
+
+def _prune(options: argparse.Namespace, settings: Settings) -> int:
+    removed = store.prune(settings.model_store, settings.model_name, keep=options.keep)
+    print(f"removed: {', '.join(removed) or 'nothing'}")
+    return 0
+
+
+def _audit_verify(options: argparse.Namespace, _: Settings) -> int:
+    options.log.stat()  # a wrong path is no sound log
+    try:
+        summary = verify(options.log, Secret(options.key_file.read_bytes()))
+    except AuditBroken as error:
+        sys.stderr.write(f"dermlens: {error}\n")
+        return 1
+    print(
+        f"{options.log}: {summary.records} records in {summary.files} files, {summary.first} to {summary.last}: sound"
+    )
+    return 0
+
+
+def _audit_find(options: argparse.Namespace, _: Settings) -> int:
+    options.log.stat()
+    for record in find(options.log, Secret(options.key_file.read_bytes()), options.image.read_bytes()):
+        print(json.dumps(record))
+    return 0
+
+
+def _new_key(options: argparse.Namespace, _: Settings) -> int:
+    key = new_key(options.name, options.scopes, per_minute=options.per_minute)
+    sys.stderr.write(f"{key.secret}\n")
+    print(key.toml)
     return 0
 
 

@@ -1,26 +1,40 @@
 """create_app(settings): the only place where the server's objects are built and wired."""
 
-from collections.abc import AsyncIterator
+import asyncio
+import base64
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
+from hashlib import sha256
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import NamedTuple
 
-from anyio import CapacityLimiter
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import RedirectResponse
+from fastapi.staticfiles import StaticFiles
 
+from app import oip
 from app.api import Service, build_router
+from app.audit import AuditLog, Secret
 from app.batcher import MicroBatcher
-from app.engines.base import Engine, build_decoder, build_engine, warm_up
+from app.engines.base import DeviceLost, Engine, build_decoder, build_engine, warm_up
 from app.errors import install
+from app.isolation import DecodeProcesses
 from app.metrics import Metrics
 from app.middleware import RequestContext
 from app.model import store
 from app.model.labels import NOTICE, check_choices
 from app.model.manifest import Manifest
+from app.model.preprocess import decode
 from app.schemas import ModelInfo
+from app.security import PAGE_POLICY, KeyRing
+from app.served import Running, Served, VersionMissing, VersionRefused
 from app.settings import Settings
+from app.watchdog import watch
 
 DESCRIPTION = f"""Benign or malignant? A calibrated probability for a dermoscopic image, and a picture of where the
 evidence lies. ASFF ResNet-50 after [arXiv 2510.03876](https://arxiv.org/abs/2510.03876).
@@ -33,16 +47,16 @@ class OpenModel(NamedTuple):
     manifest: Manifest
 
 
-def open_model(settings: Settings) -> OpenModel:
-    """Load the version that the settings name onto its device.
+def open_model(settings: Settings, version: str | None = None) -> OpenModel:
+    """Load a version, by default the one that the settings name, onto its device.
 
     Raises:
         StoreError: there is no such version, or it is damaged.
         EngineUnavailable: the device that was asked for is not there.
         ValueError: the version has no such operating point or coverage, or its weights do not fit.
     """
-    root, name, version = settings.model_store, settings.model_name, settings.model_version
-    loaded = store.load(root, name, store.current(root, name) if version == "current" else version)
+    root, name = settings.model_store, settings.model_name
+    loaded = store.load(root, name, version or current(settings)[0])
     manifest = loaded.manifest
     # A default that a version can make nothing of does no harm; one that it has under other names is a mistake
     check_choices(
@@ -54,13 +68,144 @@ def open_model(settings: Settings) -> OpenModel:
     return OpenModel(engine, manifest)
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """Load and warm the model, and build the server around it; raises as `open_model` does."""
-    model = open_model(settings)
-    engine, manifest = model.engine, model.manifest
+def current(settings: Settings) -> tuple[str, object]:
+    """The version to serve, and what changes whenever it is promoted again."""
+    if settings.model_version != "current":
+        return settings.model_version, None
+    root, name = settings.model_store, settings.model_name
+    return store.current(root, name), (root / name / "current").stat().st_mtime_ns
+
+
+def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda _: None) -> FastAPI:
+    """Load and warm the model, and build the server around it; raises as `open_model` does.
+
+    Args:
+        on_failure: called from a thread of its own when the device is lost or stuck; the process should end.
+    """
+    metrics = Metrics()
+    first = current(settings)  # before it is loaded, so that a promotion meanwhile is noticed
+    served = Served(first[0], lambda version: start(settings, version, metrics), on_change=metrics.serves)
+    metrics.watch_queue(lambda: served.now.batcher.depth)
+    keys = KeyRing(settings.api_keys) if settings.api_keys else None
+    audit = open_audit_log(settings)
+    processes = open_decode_processes(settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        served.open()
+        following = asyncio.create_task(
+            served.follow(
+                lambda: current(settings), first, every_s=settings.reload_ms / 1000, on_refusal=metrics.refused
+            )
+        )
+        stop_watch = watch(served, asyncio.get_running_loop(), limit_s=settings.stuck_ms / 1000, on_failure=on_failure)
+        yield
+        following.cancel()
+        await served.close()
+        stop_watch()
+        if audit is not None:
+            audit.close()
+        if processes is not None:
+            await to_thread.run_sync(processes.close)
+
+    app = FastAPI(
+        title="dermlens",
+        description=DESCRIPTION,
+        version=installed_version("dermlens"),
+        lifespan=lifespan,
+        openapi_url="/openapi.json" if settings.docs else None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # to an address made from the client's Host header
+    )
+    service = Service(
+        served=served,
+        decode=processes.decode if processes else partial(decode, jpeg=build_decoder(settings.decoder)),
+        audit=audit,
+        metrics=metrics,
+        list_models=lambda: list_models(settings.model_store, settings.model_name, served.now.manifest.version),
+        promote=lambda version: promote(served, settings, version),
+        workers=CapacityLimiter(settings.decode_threads),
+        operating_point=settings.operating_point,
+        coverage=settings.coverage,
+        max_upload_bytes=settings.max_upload_bytes,
+        max_pixels=settings.max_pixels,
+        max_batch_files=settings.max_batch_files,
+        max_batch_bytes=settings.max_batch_bytes,
+        read_timeout_s=settings.read_timeout_ms / 1000,
+        timeout_ms=settings.timeout_ms,
+    )
+    app.include_router(build_router(service, keys))
+    app.include_router(oip.build_router(service, keys))
+    if settings.docs:
+        add_docs(app)
+        app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
+    install(app, metrics)
+    if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    app.add_middleware(RequestContext, metrics=metrics)
+    return app
+
+
+def add_docs(app: FastAPI) -> None:
+    """Swagger UI at /docs, from this server alone."""
+    page = get_swagger_ui_html(
+        openapi_url="/openapi.json",
+        title=app.title,
+        swagger_js_url="/docs/static/swagger-ui-bundle.js",
+        swagger_css_url="/docs/static/swagger-ui.css",
+        swagger_favicon_url="/docs/static/favicon.png",
+    )
+    script = bytes(page.body).split(b"<script>")[1].split(b"</script>")[0]  # the page's one inline script
+    digest = base64.b64encode(sha256(script).digest()).decode()
+    page.headers["Content-Security-Policy"] = PAGE_POLICY.replace("script-src", f"script-src 'sha256-{digest}'")
+    app.mount("/docs/static", StaticFiles(packages=[("fastapi_offline", "static")]))
+    app.add_api_route("/docs", lambda: page, include_in_schema=False)
+
+
+def open_audit_log(settings: Settings) -> AuditLog | None:
+    """The audit log that the settings name, continued.
+
+    Raises:
+        ValueError: there is no secret for it.
+        AuditLocked, AuditBroken, OSError.
+    """
+    if settings.audit_log is None:
+        return None
+    if settings.audit_key_file is None:
+        raise ValueError("DERMLENS_AUDIT_LOG needs a secret: set DERMLENS_AUDIT_KEY_FILE")
+    return AuditLog(settings.audit_log, Secret(settings.audit_key_file.read_bytes()))
+
+
+def open_decode_processes(settings: Settings) -> DecodeProcesses | None:
+    """What decodes in processes of their own, where the settings want it.
+
+    Raises:
+        ValueError: they cannot use nvJPEG.
+        RuntimeError: they do not start.
+    """
+    if settings.decode_isolation == "thread":
+        return None
+    if settings.decoder != "pillow":
+        raise ValueError("DERMLENS_DECODE_ISOLATION=process decodes with Pillow alone: set DERMLENS_DECODER=pillow")
+    return DecodeProcesses(
+        settings.decode_threads,
+        timeout_s=settings.decode_timeout_ms / 1000,
+        memory_bytes=settings.decode_memory_bytes,
+    )
+
+
+def start(settings: Settings, version: str, metrics: Metrics) -> Running:
+    """A version that is loaded, warm, and ready to take work; raises as `open_model` does."""
+    engine, manifest = open_model(settings, version)
     max_batch = settings.max_batch or (8 if engine.device == "cpu" else 32)
     warm_up(engine, size=manifest.preprocessing.size, max_batch=max_batch)
-    metrics = Metrics()
     batcher = MicroBatcher(
         engine.run,
         max_batch=max_batch,
@@ -68,45 +213,31 @@ def create_app(settings: Settings) -> FastAPI:
         max_queue=settings.max_queue,
         in_flight=engine.in_flight,
         on_drop=lambda reason: metrics.dropped.labels(reason=reason).inc(),
+        is_fatal=lambda error: isinstance(error, DeviceLost),
     )
-    metrics.watch_queue(lambda: batcher.depth)
-    metrics.model_info.info(
-        {
-            "name": manifest.name,
-            "version": manifest.version,
-            "engine": engine.name,
-            "device": engine.device,
-            "precision": engine.precision,
-        }
-    )
+    return Running(engine, manifest, batcher)
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        batcher.start()
-        yield
-        await batcher.stop()
 
-    app = FastAPI(title="dermlens", description=DESCRIPTION, version=installed_version("dermlens"), lifespan=lifespan)
-    service = Service(
-        batcher=batcher,
-        attribute=engine.attribute,
-        jpeg=build_decoder(settings.decoder),
-        manifest=manifest,
-        metrics=metrics,
-        list_models=lambda: list_models(settings.model_store, manifest.name, manifest.version),
-        workers=CapacityLimiter(settings.decode_threads),
-        operating_point=settings.operating_point,
-        coverage=settings.coverage,
-        max_upload_bytes=settings.max_upload_bytes,
-        max_pixels=settings.max_pixels,
-        max_batch_files=settings.max_batch_files,
-        timeout_s=settings.timeout_ms / 1000,
-    )
-    app.include_router(build_router(service))
-    app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
-    install(app, metrics)
-    app.add_middleware(RequestContext, metrics=metrics)
-    return app
+async def promote(served: Served, settings: Settings, version: str) -> str:
+    """Make a version current and serve it; returns the version before it.
+
+    Raises:
+        VersionMissing: there is no such version.
+        VersionRefused: it cannot be served, the server was told to stay with one version, or the store is read-only.
+    """
+    if settings.model_version != "current":
+        raise VersionRefused(f"this server was started for version {settings.model_version} alone: see MODEL_VERSION")
+    root, name = settings.model_store, settings.model_name
+    if version not in await to_thread.run_sync(store.versions, root, name):
+        raise VersionMissing(f"there is no version {version} of {name}")
+    before = served.now.manifest.version
+    await served.replace(version)
+    try:
+        await to_thread.run_sync(store.promote, root, name, version)
+    except (OSError, store.StoreError) as error:
+        await served.replace(before)  # what is served is what the store says
+        raise VersionRefused(f"the store could not be changed: {error}") from error
+    return before
 
 
 def list_models(root: Path, name: str, served: str | None) -> list[ModelInfo]:

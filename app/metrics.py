@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+
+from app.served import Running
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -13,6 +15,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)  # memory, processor time, file descriptors
         self.requests = Counter("dermlens_requests", "Finished HTTP requests.", ["route", "status"], registry=registry)
         self.request_seconds = Histogram(
             "dermlens_request_seconds",
@@ -55,6 +58,30 @@ class Metrics:
             registry=registry,
         )
         self.model_info = Info("dermlens_model", "The served model.", registry=registry)
+        self.reloads = Counter(
+            "dermlens_reloads",
+            "Versions that were to be served, the first among them, by outcome: served, refused.",
+            ["outcome"],
+            registry=registry,
+        )
+
+    def serves(self, running: Running) -> None:
+        """Say which version is served from now on."""
+        self.reloads.labels(outcome="served").inc()
+        manifest, engine = running.manifest, running.engine
+        self.model_info.info(
+            {
+                "name": manifest.name,
+                "version": manifest.version,
+                "engine": engine.name,
+                "device": engine.device,
+                "precision": engine.precision,
+            }
+        )
+
+    def refused(self) -> None:
+        """Count a version that could not be served."""
+        self.reloads.labels(outcome="refused").inc()
 
     def watch_queue(self, depth: Callable[[], int]) -> None:
         """Read the queue's depth at each scrape."""

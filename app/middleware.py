@@ -7,7 +7,9 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import logs
 from app.metrics import Metrics
+from app.security import HEADERS
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
@@ -32,6 +34,7 @@ class RequestContext:
             return
         offered = Headers(scope=scope).get("x-request-id", "")
         scope["request_id"] = request_id = offered if REQUEST_ID.fullmatch(offered) else new_request_id()
+        logs.begin(request_id)
         started = time.perf_counter()
         status = 500
 
@@ -41,15 +44,17 @@ class RequestContext:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
-                headers["X-Content-Type-Options"] = "nosniff"
-                headers["Cache-Control"] = "no-store"
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)  # a page brings a policy of its own
             await send(message)
 
         with self._metrics.in_flight.track_inprogress():
             try:
                 await self._app(scope, receive, send_with_headers)
             finally:
+                seconds = time.perf_counter() - started
                 # The route's template, not the path: paths are unbounded
                 route = getattr(scope.get("route"), "path", "unmatched")
                 self._metrics.requests.labels(route=route, status=str(status)).inc()
-                self._metrics.request_seconds.labels(route=route).observe(time.perf_counter() - started)
+                self._metrics.request_seconds.labels(route=route).observe(seconds)
+                logs.access(method=scope["method"], route=route, status=status, seconds=seconds)

@@ -96,6 +96,13 @@ class Models(BaseModel):
     versions: list[ModelInfo]
 
 
+class Promoted(BaseModel):
+    """The version that is served from now on, and the one that was before it."""
+
+    version: str
+    previous: str
+
+
 def prediction_fields(
     judgement: Judgement, image: DecodedImage, *, manifest: Manifest, request_id: str
 ) -> dict[str, Any]:

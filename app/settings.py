@@ -17,11 +17,26 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port.")
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
-        "info", description="What uvicorn logs; image bytes and file names are never logged."
+        "info", description="Least level of what is logged; nothing of an upload ever is."
+    )
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="Form of the logs; `auto` is text on a terminal, else JSON."
+    )
+    audit_log: Path | None = Field(None, description="File of the audit log, one record a prediction; none without it.")
+    audit_key_file: Path | None = Field(
+        None, description="File of 32 random bytes or more, the audit log's secret; needed with an audit log."
     )
     model_store: Path = Field(Path("model_store"), description="Folder of the published models.")
     model_name: str = Field("asff-resnet50", description="Model to serve.")
     model_version: str = Field("current", description="Version to serve, or `current`.")
+    reload_ms: float = Field(
+        2_000, ge=0, description="How often the store is looked at for another current version; 0 never."
+    )
+    api_keys: Path | None = Field(
+        None, description="TOML file of API keys, made by `dermlens keys new`; without one everybody may call."
+    )
+    cors_origins: str = Field("", description="Origins whose pages may call, with commas between; none by default.")
+    docs: bool = Field(True, description="Whether /docs and /openapi.json are served.")
     operating_point: str = Field("balanced", description="Operating point for decisions, from the manifest.")
     coverage: Literal["off", "0.90", "0.95"] = Field(
         "0.95", description="Coverage of the abstention rule, where the version has one; `off` never refers."
@@ -33,11 +48,25 @@ class Settings(BaseSettings):
     )
     cpu_threads: int = Field(0, ge=0, description="CPU threads of a forward pass; 0 for every core.")
     decoder: DecoderName = Field("pillow", description="`nvjpeg` decodes the JPEGs of /predict on the GPU.")
+    decode_isolation: Literal["thread", "process"] = Field(
+        "thread", description="`process` decodes in processes of few rights that are killed when they overrun (Linux)."
+    )
+    decode_timeout_ms: int = Field(
+        10_000, ge=1, description="Time for one image before its decode process is killed, milliseconds."
+    )
+    decode_memory_bytes: int = Field(
+        1_500_000_000, ge=300_000_000, description="Address space of a decode process, bytes."
+    )
     decode_threads: int = Field(4, ge=1, description="Images decoded or drawn at once.")
     max_batch: int = Field(0, ge=0, description="Images per forward pass; 0 for 32 on CUDA and 8 on the CPU.")
     max_wait_ms: float = Field(0, ge=0, description="How long an idle device waits for a fuller batch, milliseconds.")
-    max_queue: int = Field(256, ge=1, description="Images waiting at most; beyond it the answer is 503.")
+    max_queue: int = Field(256, ge=1, description="Images accepted and not yet answered; beyond it the answer is 503.")
     timeout_ms: int = Field(30_000, ge=1, description="Time from upload to result before 504, milliseconds.")
+    stuck_ms: int = Field(
+        120_000, ge=100, description="A forward pass that takes longer ends the process, for its supervisor to restart."
+    )
     max_upload_bytes: int = Field(20_000_000, ge=1, description="Largest image file, bytes.")
     max_pixels: int = Field(64_000_000, ge=1, description="Largest width × height of an image, pixels.")
+    max_batch_bytes: int = Field(100_000_000, ge=1, description="Largest body of /predict/batch, bytes.")
+    read_timeout_ms: int = Field(30_000, ge=1, description="Time for a whole request body before 408, milliseconds.")
     max_batch_files: int = Field(32, ge=1, description="Files in one /predict/batch request at most.")

@@ -16,9 +16,10 @@ import struct
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -30,17 +31,33 @@ class Broken(ConnectionError):
     """The server closed the connection before it had answered."""
 
 
+def whole_head(received: bytes | bytearray) -> bytes | None:
+    """The head of an answer, in lower case, once its body is there too."""
+    end = received.find(b"\r\n\r\n")
+    if end < 0:
+        return None
+    head = bytes(received[:end]).lower()
+    if b"transfer-encoding: chunked" in head:
+        return head if received.endswith(b"0\r\n\r\n") else None
+    length = head.partition(b"content-length:")[2].partition(b"\r\n")[0]
+    return head if len(received) - end - 4 >= int(length or 0) else None
+
+
+def status_of(head: bytes) -> int:
+    return int(head.split(b" ", 2)[1])
+
+
 class Connection(asyncio.Protocol):
     """One keep-alive connection with one request at a time on it."""
 
     def __init__(self) -> None:
+        self.head = b""  # of the last answer, in lower case
         self._answer: asyncio.Future[int] | None = None
         self._received = bytearray()
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - narrows the type
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -66,17 +83,11 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        end = self._received.find(b"\r\n\r\n")
-        if end < 0 or self._answer is None or self._answer.done():
+        if self._answer is None or self._answer.done():
             return
-        head = bytes(self._received[:end]).lower()
-        if b"transfer-encoding: chunked" in head:
-            whole = self._received.endswith(b"0\r\n\r\n")
-        else:
-            length = head.partition(b"content-length:")[2].partition(b"\r\n")[0]
-            whole = len(self._received) - end - 4 >= int(length or 0)
-        if whole:
-            self._answer.set_result(int(head.split(b" ", 2)[1]))
+        if (head := whole_head(self._received)) is not None:
+            self.head = head
+            self._answer.set_result(status_of(head))
 
 
 @dataclass
@@ -141,14 +152,14 @@ async def closed_loop(target: Target, *, clients: int, seconds: float) -> Load:
 async def open_loop(target: Target, *, rate: float, seconds: float, seed: int = 0) -> Load:
     """Poisson arrivals of `rate` a second for `seconds`, each on an idle connection or a new one."""
     load, turn, idle = Load(), itertools.cycle(target.requests), list[Connection]()
-    arrivals, tasks = _arrivals(rate, seconds, random.Random(seed)), set[asyncio.Task[None]]()  # noqa: S311
+    due, tasks = arrivals(rate, seconds, random.Random(seed)), set[asyncio.Task[None]]()  # noqa: S311
     started = time.perf_counter()
 
     async def request(arrived: float) -> None:
         connection = idle.pop() if idle else None
         idle.append(await _one(target, connection, next(turn), load, arrived))
 
-    for at in arrivals:
+    for at in due:
         await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
         task = asyncio.create_task(request(started + at))
         tasks.add(task)
@@ -160,7 +171,8 @@ async def open_loop(target: Target, *, rate: float, seconds: float, seed: int = 
     return load
 
 
-def _arrivals(rate: float, seconds: float, source: random.Random) -> Iterator[float]:
+def arrivals(rate: float, seconds: float, source: random.Random) -> Iterator[float]:
+    """Poisson: seconds from the start, `rate` of them a second on average."""
     at = source.expovariate(rate)
     while at < seconds:
         yield at
@@ -198,17 +210,19 @@ FORMATS: dict[str, Callable[[bytes], tuple[dict[str, str], bytes]]] = {
 }
 
 
+def http(method: str, path: str, *, headers: Mapping[str, str], body: bytes = b"") -> bytes:
+    """A whole request."""
+    lines = [f"{method} {path} HTTP/1.1", *(f"{key}: {value}" for key, value in headers.items())]
+    return "\r\n".join([*lines, f"content-length: {len(body)}", "", ""]).encode() + body
+
+
 def target_of(url: str, files: Sequence[Path], form: str) -> Target:
     """A request for each file, in the form that the server takes."""
     parts = urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
     path = parts.path + (f"?{parts.query}" if parts.query else "")
-    requests = []
-    for file in files:
-        headers, body = FORMATS[form](file.read_bytes())
-        headers |= {"host": host, "content-length": str(len(body))}
-        lines = [f"POST {path} HTTP/1.1", *(f"{key}: {value}" for key, value in headers.items()), "", ""]
-        requests.append("\r\n".join(lines).encode() + body)
+    forms = [FORMATS[form](file.read_bytes()) for file in files]
+    requests = [http("POST", path, headers={"host": host} | headers, body=body) for headers, body in forms]
     return Target(host, port, requests)
 
 

@@ -23,6 +23,7 @@ class Data(Section):
     root: str  # folder with one sub-folder a class, absolute or under DERMLENS_DATA_DIR; "drawn" draws images
     classes: list[str] = ["benign", "malignant"]
     extra: str | None = None  # a second folder of the same classes that joins training, twins of `root` left out
+    extra_share: float = Field(1, gt=0, le=1)  # of the second folder's training images, drawn anew for each epoch
     without: list[str] = []  # folders that the start has seen: what has a twin in one of them is left out
     folds: int = Field(5, ge=2)
     held_out_fold: int = Field(0, ge=-1)  # -1 holds nothing out: the last run, after the folds have told how good it is

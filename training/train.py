@@ -100,10 +100,13 @@ def train_epoch(
     set_trainable(model, phase, batch_norm=config.optimisation.batch_norm)
     parallel: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
     batch_size = config.optimisation.batch_size
-    steps = len(training) // batch_size
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
     order = torch.from_numpy(training)[torch.randperm(len(training), generator=generator)]
-    uniforms = torch.rand(len(training), UNIFORMS, generator=generator)
+    if config.data.extra_share < 1:
+        extra = torch.from_numpy(dataset.extra)[order]
+        order = order[~extra | (extra.cumsum(0) <= round(config.data.extra_share * int(extra.sum())))]
+    steps = len(order) // batch_size
+    uniforms = torch.rand(len(order), UNIFORMS, generator=generator)
     losses = []
     bar = tqdm(range(steps), desc=f"epoch {epoch + 1}/{config.epochs}", disable=None if world.main else True)
     for step in bar:

@@ -1,14 +1,16 @@
 """What serving needs of an engine, and the choice of one."""
 
 import ctypes
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from app.model.overlay import Method
 from app.model.preprocess import JpegDecoder
-from app.model.store import LoadedVersion
+
+if TYPE_CHECKING:  # the routes know engines, and nothing of the store
+    from app.model.store import LoadedVersion
 
 EngineName = Literal["auto", "cuda", "openvino", "torch"]
 Precision = Literal["float32", "bfloat16", "int8"]
@@ -40,8 +42,19 @@ class Engine(Protocol):
         """uint8[3,S,S] -> signed map float32[H,W] in logits: positive where the image argues for class `target`.
 
         For one thread alone, and never beside `run`: it takes many passes, or gradients.
+
+        Raises:
+            MethodUnavailable: torch or captum is not installed.
         """
         ...
+
+
+class DeviceLost(RuntimeError):
+    """The device answers every call with an error from now on; only a new process gets it back."""
+
+
+class MethodUnavailable(RuntimeError):
+    """A method of attribution whose library is not installed."""
 
 
 class EngineUnavailable(RuntimeError):
@@ -49,7 +62,7 @@ class EngineUnavailable(RuntimeError):
 
 
 def build_engine(
-    name: EngineName, version: LoadedVersion, *, precision: Literal["auto"] | Precision = "auto", threads: int = 0
+    name: EngineName, version: "LoadedVersion", *, precision: Literal["auto"] | Precision = "auto", threads: int = 0
 ) -> Engine:
     """The engine of that name, loaded; `auto` takes CUDA where there is one, else OpenVINO.
 
@@ -83,6 +96,16 @@ def build_engine(
     return OpenVinoEngine(version, precision=precision, threads=threads)
 
 
+def context_lost(error: Exception) -> bool:
+    """Whether an error of torch means that CUDA answers nothing any more in this process.
+
+    After a fault in a kernel every call fails with "CUDA error: …" (CUDA runtime API, "sticky" errors); running out of
+    memory and a wrong argument leave the context as it was.
+    """
+    message = str(error)
+    return "CUDA error" in message and not any(mild in message for mild in ("out of memory", "invalid argument"))
+
+
 def build_decoder(name: DecoderName) -> JpegDecoder | None:
     """What decodes JPEGs in place of Pillow; None for Pillow itself.
 
@@ -111,6 +134,11 @@ def _only_auto(precision: str, *, engine: str, own: str) -> None:
 
 
 def warm_up(engine: Engine, *, size: int, max_batch: int) -> None:
-    """Run every batch size once, so that no request pays for lazy initialisation."""
+    """Run every batch size once, so that no request pays for lazy initialisation.
+
+    Raises:
+        ValueError: the network gives no finite answer.
+    """
     for batch in range(1, max_batch + 1):
-        engine.run(np.zeros((batch, 3, size, size), dtype=np.uint8))
+        if not np.isfinite(engine.run(np.zeros((batch, 3, size, size), dtype=np.uint8)).logits).all():
+            raise ValueError("the network gives no finite answer: its weights are damaged")

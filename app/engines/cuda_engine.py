@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from app.engines.base import Output
+from app.engines.base import DeviceLost, Output, context_lost
 from app.engines.buckets import BUCKETS, Slots, parts, stage
 from app.engines.torch_engine import TorchEngine
 from app.model.architecture import LesionNet, fold_batch_norm, from_version
@@ -40,9 +40,18 @@ class CudaEngine:
         self._slots = Slots(_Slot(model, size=size, buckets=buckets) for _ in range(self.in_flight))
 
     def run(self, images: NDArray[np.uint8]) -> Output:
-        """uint8[B,3,S,S] -> logits float32[B,K] and cam float32[B,K,S/16,S/16]; from any thread."""
-        with self._slots.take() as slot:
-            done = [slot.run(images[part]) for part in parts(len(images), self._largest)]
+        """uint8[B,3,S,S] -> logits float32[B,K] and cam float32[B,K,S/16,S/16]; from any thread.
+
+        Raises:
+            DeviceLost: the process has to be replaced.
+        """
+        try:
+            with self._slots.take() as slot:
+                done = [slot.run(images[part]) for part in parts(len(images), self._largest)]
+        except RuntimeError as error:
+            if context_lost(error):
+                raise DeviceLost(str(error)) from error
+            raise
         return Output(np.concatenate([o.logits for o in done]), np.concatenate([o.cam for o in done]))
 
     def attribute(self, image: NDArray[np.uint8], method: Method, *, target: int) -> NDArray[np.float32]:

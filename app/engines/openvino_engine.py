@@ -7,7 +7,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from app.engines.base import Engine, EngineUnavailable, Output, Precision
+from app.engines.base import Engine, EngineUnavailable, MethodUnavailable, Output, Precision
 from app.model.openvino_graph import build_graph
 from app.model.overlay import Method
 from app.model.store import LoadedVersion
@@ -52,7 +52,10 @@ class OpenVinoEngine:
     @functools.cached_property
     def _reference(self) -> Engine:
         """torch, imported for the few who ask for its methods."""
-        from app.engines.torch_engine import TorchEngine
+        try:
+            from app.engines.torch_engine import TorchEngine
+        except ModuleNotFoundError as error:
+            raise MethodUnavailable(f"this server has no {error.name}: gradcam is what it can draw") from error
 
         return TorchEngine(self._version, device="cpu", threads=self._threads)
 

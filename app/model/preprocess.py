@@ -1,14 +1,22 @@
 """Bytes -> checked RGB image -> uint8 tensor. Training and serving decode through this one function."""
 
 import io
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+from app.model.containers import Picture, read_jpeg, read_png, read_webp
+
+# Named, so that Pillow loads no other plugin; it is never asked for another
+FORMATS = (
+    JpegImagePlugin.JpegImageFile.format,
+    PngImagePlugin.PngImageFile.format,
+    WebPImagePlugin.WebPImageFile.format,
+)
 MAX_PIXELS = 64_000_000  # unless the caller says otherwise
 MIN_SIDE = 16  # below this there is nothing to look at
 LOW_RESOLUTION_SIDE = 200  # the training images have 224
@@ -18,6 +26,33 @@ PREVIEW_SIDE = 1024  # pixels, for a screen
 # full_size are as close to a full decode as at 2 (0.0099 in probability at most) and 12 megapixels take a quarter less;
 # at 1 they are twice as far from it
 REDUCING_GAP = 1.5
+
+# A progressive file has about 10 scans. One over 64 megapixels costs 38 ms and 117 bytes: 20 MB of them take hours
+MAX_SCANS = 50
+MAX_SCANNED_PIXELS = 20 * MAX_PIXELS
+
+# Offset, magic bytes and name of what people send by mistake; nothing here parses it
+OTHERS = (
+    (0, b"GIF8", "GIF"),
+    (0, b"BM", "BMP"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (0, b"II+\0", "TIFF"),
+    (4, b"ftyphe", "HEIC"),
+    (4, b"ftypmif1", "HEIC"),
+    (4, b"ftypavi", "AVIF"),
+    (4, b"jP  ", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (4, b"JXL ", "JPEG XL"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (128, b"DICM", "DICOM"),
+    (0, b"8BPS", "PSD"),
+    (0, b"\0\0\1\0", "ICO"),
+    (0, b"%PDF", "PDF"),
+    (0, b"%!PS", "EPS"),
+    (0, b"\xc5\xd0\xd3\xc6", "EPS"),
+    (0, b"<svg", "SVG"),
+)
 
 # What undoes each EXIF orientation (EXIF 2.3, tag 0x0112)
 TURNS = {
@@ -32,7 +67,7 @@ TURNS = {
 SIDEWAYS = (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
 
 
-# Whole JPEG file, side -> uint8[3,side,side] RGB as the file has it, its EXIF turn not undone
+# JPEG file, side -> uint8[3,side,side] RGB as the file has it, its EXIF turn not undone
 JpegDecoder = Callable[[bytes, int], NDArray[np.uint8]]
 
 
@@ -83,7 +118,7 @@ def decode(
     Args:
         data: the whole file.
         size: side of the square that the model takes, pixels.
-        max_pixels: largest width × height accepted.
+        max_pixels: largest width × height accepted, within Pillow's own 89 million.
         preview_side: longest side of a preview that keeps the aspect ratio, pixels; with 0 nobody will look, and the
             preview is what the model sees.
         jpeg: decodes JPEGs of which no preview is wanted, in place of Pillow; ValueError for one that it cannot.
@@ -91,80 +126,104 @@ def decode(
     Raises:
         NotAnImage, ImageTooLarge, ImageTooSmall, FormatNotServed.
     """
-    image = _open(data)
-    width, height = image.size
-    _check(image, data, max_pixels)
-    # A phone writes a JPEG with a second picture (gain map, preview) behind the first: Pillow calls it MPO
-    kind, mode = "JPEG" if image.format == "MPO" else str(image.format), image.mode
-    elsewhere = jpeg if (kind, mode) == ("JPEG", "RGB") and not preview_side else None
+    picture = _read(data)
+    _check(picture, max_pixels)
     try:
-        if elsewhere is not None:
-            loaded = Image.fromarray(elsewhere(data, size).transpose(1, 2, 0))
-        else:
-            # libjpeg scales by 1/2, 1/4 or 1/8 inside the DCT: a 12-megapixel photograph costs a fraction of a full
-            # decode; other formats know no draft
-            image.draft("RGB", (int(REDUCING_GAP * size), int(REDUCING_GAP * size)))
-            image.load()
-            loaded = image
-    except (OSError, SyntaxError, ValueError, MemoryError, OverflowError, EOFError) as error:
-        raise NotAnImage(f"the {kind} file is truncated or damaged: export it again") from error
-    turn = TURNS.get(_orientation(image))
-    upright = loaded if turn is None else loaded.transpose(turn)
-    if turn in SIDEWAYS:
-        width, height = height, width
-    rgb = upright if upright.mode == "RGB" else upright.convert("RGB")
-    square = rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BILINEAR)
-    pixels = np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
-    preview = rgb if preview_side else square
-    if preview_side and max(rgb.size) > preview_side:
-        preview.thumbnail((preview_side, preview_side), Image.Resampling.BILINEAR, reducing_gap=REDUCING_GAP)
-    return DecodedImage(
-        pixels=pixels,
-        preview=preview,
-        width=width,
-        height=height,
-        format=kind,
-        warnings=_warnings(mode, width, height),
-    )
+        return _decode(picture, size=size, preview_side=preview_side, jpeg=jpeg)
+    except ImageError:
+        raise
+    except MemoryError as error:
+        raise ImageTooLarge("the image takes more memory than the server has for it: scale it down") from error
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, EOFError, struct.error, ...
+        raise NotAnImage(f"the {picture.kind} file is truncated or damaged: export it again") from error
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1..8; whatever else the EXIF holds is never parsed, and broken EXIF is no broken image."""
-    try:
-        return int(image.getexif().get(0x0112, 1))
-    except Exception:  # Pillow's EXIF reader raises struct.error, TypeError, AttributeError and more on odd tags
-        return 1
-
-
-def _open(data: bytes) -> Image.Image:
+def _read(data: bytes) -> Picture:
+    """The header, by the first bytes: Pillow's plugins never see another format."""
     if not data:
         raise NotAnImage("the upload is empty: send the bytes of a JPEG, PNG or WebP file")
+    for offset, magic, name in OTHERS:
+        if data.startswith(magic, offset):
+            raise FormatNotServed(f"{name} is not served: convert the image to JPEG, PNG or WebP")
     try:
-        return Image.open(io.BytesIO(data))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageTooLarge("the image has far too many pixels: scale it down") from error
-    except UnidentifiedImageError as error:
-        raise NotAnImage("the upload is not an image: send a JPEG, PNG or WebP file") from error
-    except (OSError, SyntaxError, ValueError, MemoryError, OverflowError, EOFError) as error:
-        raise NotAnImage("the image file is damaged: export it again") from error
+        if data.startswith(b"\xff\xd8\xff"):
+            return read_jpeg(data)
+        if data.startswith(b"\x89PNG\r\n\x1a\n"):
+            return read_png(data)
+        if data.startswith(b"RIFF") and data.startswith(b"WEBP", 8):
+            return read_webp(data)
+    except (ValueError, IndexError, struct.error) as error:
+        raise NotAnImage("the image file is truncated or damaged: export it again") from error
+    raise NotAnImage("the upload is not an image: send a JPEG, PNG or WebP file")
 
 
-def _check(image: Image.Image, data: bytes, max_pixels: int) -> None:
-    width, height = image.size
-    if image.format not in (*FORMATS, "MPO"):
-        raise FormatNotServed(f"{image.format} is not served: convert the image to JPEG, PNG or WebP")
+def _check(picture: Picture, max_pixels: int) -> None:
+    width, height = picture.width, picture.height
+    max_pixels = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)  # above it, Pillow warns
     if width * height > max_pixels:
         limit = max_pixels / 1e6
         raise ImageTooLarge(f"{width}×{height} is over the limit of {limit:g} megapixels: scale it down")
     if min(width, height) < MIN_SIDE:
         raise ImageTooSmall(f"{width}×{height} is too small to judge: each side needs {MIN_SIDE} pixels or more")
-    if image.format != "MPO" and getattr(image, "is_animated", False):
+    if picture.scans > MAX_SCANS or picture.scans * width * height > MAX_SCANNED_PIXELS:
+        raise NotAnImage(f"the JPEG file has {picture.scans} scans, where 10 are usual: export it again")
+    if picture.animated:
         raise FormatNotServed("animated images are not served: send one still frame")
-    if image.mode == "CMYK":
+    if picture.depth > 8:
+        raise FormatNotServed(f"{picture.depth}-bit images are not served: convert to 8 bits per channel")
+    if picture.coding not in (0, 0xC0, 0xC1, 0xC2):
+        raise FormatNotServed("lossless and arithmetic-coded JPEGs are not served: export a usual JPEG, PNG or WebP")
+
+
+def _decode(picture: Picture, *, size: int, preview_side: int, jpeg: JpegDecoder | None) -> DecodedImage:
+    width, height = picture.width, picture.height
+    image: Image.Image = Image.open(io.BytesIO(picture.body), formats=(picture.kind,))
+    if image.size != (width, height):
+        raise NotAnImage("the image file contradicts itself about its size: export it again")
+    mode = image.mode
+    if mode == "CMYK":
         raise FormatNotServed("CMYK images are not served: convert to RGB, colour carries diagnostic weight")
-    # Pillow reads 16-bit RGB PNGs as 8-bit without a word; byte 24 of a PNG is its bit depth
-    if image.mode.startswith(("I", "F")) or (image.format == "PNG" and data[24] > 8):
-        raise FormatNotServed("16-bit images are not served: convert to 8 bits per channel")
+    if jpeg is not None and (picture.kind, mode) == ("JPEG", "RGB") and not preview_side:
+        image = Image.fromarray(jpeg(picture.body, size).transpose(1, 2, 0))
+    else:
+        # libjpeg scales by 1/2, 1/4 or 1/8 inside the DCT: a 12-megapixel photograph costs a fraction of a full
+        # decode; other formats know no draft
+        image.draft("RGB", (int(REDUCING_GAP * size), int(REDUCING_GAP * size)))
+        image.load()
+    turn = TURNS.get(picture.turned)
+    if turn in SIDEWAYS:
+        width, height = height, width
+    squares, previews = [], []
+    for part in _upright(image, turn):
+        squares.append(part.resize((size, size), Image.Resampling.BILINEAR))
+        if preview_side and max(part.size) > preview_side:
+            part.thumbnail((preview_side, preview_side), Image.Resampling.BILINEAR, reducing_gap=REDUCING_GAP)
+        previews.append(part if preview_side else squares[-1])
+    return DecodedImage(
+        pixels=np.ascontiguousarray(np.asarray(_joined(squares)).transpose(2, 0, 1)),
+        preview=_joined(previews),
+        width=width,
+        height=height,
+        format=picture.kind,
+        warnings=_warnings(mode, width, height),
+    )
+
+
+def _upright(image: Image.Image, turn: Image.Transpose | None) -> Iterator[Image.Image]:
+    """RGB or grey, or the channels of RGB one by one, upright: a second copy of the whole takes 4 bytes a pixel."""
+    if image.mode in ("1", "P"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    if image.mode in ("L", "RGB") and turn is None:
+        yield image
+        return
+    for channel in range(3 if image.mode.startswith("RGB") else 1):
+        part = image.getchannel(channel)
+        yield part if turn is None else part.transpose(turn)
+
+
+def _joined(parts: list[Image.Image]) -> Image.Image:
+    """RGB of what `_upright` gave: itself, or its channels; one channel is grey."""
+    return parts[0] if parts[0].mode == "RGB" else Image.merge("RGB", parts if len(parts) == 3 else 3 * parts)
 
 
 def _warnings(mode: str, width: int, height: int) -> tuple[str, ...]:

@@ -1,28 +1,38 @@
-"""The model store: publish, verify, load and promote versions. Nothing is unpickled, nothing half-written is seen.
+"""The model store: publish, verify, load, promote, roll back and prune versions. Nothing is unpickled.
 
 model_store/<name>/current            the served version
-model_store/<name>/<version>/         manifest.json weights.safetensors openvino/ MODEL_CARD.md report/
+model_store/<name>/previous           lines `VERSION REPLACED`: where `rollback` goes when VERSION is current
+model_store/<name>/<version>/         manifest.json[.sha256] weights.safetensors openvino/ MODEL_CARD.md report/
+model_store/<name>/.<name>.partial    half-written or half-deleted, so never read; `prune` removes what a kill left
+model_store/<name>/.lock              held by the one process that changes this folder
+
+The process may be killed or the power cut at any step: a name is given by rename, to what is whole and on disk.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from app.model.manifest import FileRecord, Manifest
+from app.model.manifest import FileRecord, Identifier, Manifest
 
 MANIFEST = "manifest.json"
+CHECKSUM = "manifest.json.sha256"
 WEIGHTS = "weights.safetensors"
 INT8 = ("openvino/int8.xml", "openvino/int8.bin")  # graph and its weights, where the version carries them
+CURRENT, PREVIOUS = "current", "previous"  # files beside the versions, so no version has these names
+IDENTIFIER = TypeAdapter(Identifier)
 
 
 class StoreError(Exception):
@@ -56,9 +66,14 @@ class LoadedVersion:
 
 
 def versions(root: Path, name: str) -> list[str]:
-    """Published versions of a model, oldest number first."""
-    folders = (root / name).iterdir() if (root / name).is_dir() else ()
-    found = [f.name for f in folders if (f / MANIFEST).is_file() and not f.name.startswith(".")]
+    """Published versions of a model, oldest number first.
+
+    Raises:
+        VersionMissing: no model can have this name.
+    """
+    model = _folder(root, name)
+    folders = model.iterdir() if model.is_dir() else ()
+    found = [f.name for f in folders if _can_name(f.name) and (f / MANIFEST).is_file()]
     return sorted(found, key=lambda version: (len(version), version))
 
 
@@ -67,13 +82,35 @@ def current(root: Path, name: str) -> str:
 
     Raises:
         VersionMissing: the store has no such file.
+        VersionDamaged: the file names no version.
     """
+    path = _folder(root, name) / CURRENT
     try:
-        return (root / name / "current").read_text().strip()
+        version = path.read_bytes().decode(errors="replace").strip()
     except OSError:
         raise VersionMissing(
             f"no version of {name} is current in {root.resolve()}: train and export one, or set DERMLENS_MODEL_STORE"
         ) from None
+    if not _can_name(version):
+        raise VersionDamaged(f"{path} names no version but {version[:80]!r}: promote one again")
+    return version
+
+
+def previous(root: Path, name: str) -> str:
+    """The version that the current one replaced.
+
+    Raises:
+        VersionMissing: no version is current, or it replaced none.
+        VersionDamaged: `current` or `previous` cannot be read.
+    """
+    served = current(root, name)
+    path = _folder(root, name) / PREVIOUS
+    try:
+        return dict(line.split() for line in path.read_text("ascii").splitlines())[served]
+    except (FileNotFoundError, KeyError):
+        raise VersionMissing(f"nothing to roll back to: {path} has no version that {served} replaced") from None
+    except (OSError, ValueError):
+        raise VersionDamaged(f"{path} cannot be read: promote the version that you want by its name") from None
 
 
 def read_manifest(root: Path, name: str, version: str) -> Manifest:
@@ -82,19 +119,32 @@ def read_manifest(root: Path, name: str, version: str) -> Manifest:
     Raises:
         VersionMissing, VersionDamaged.
     """
-    path = root / name / version / MANIFEST
+    folder = _folder(root, name, version)
+    path, checksum = _inside(folder, MANIFEST), _inside(folder, CHECKSUM)
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except OSError:
+        data = path.read_bytes()
+        published = checksum.read_bytes() if checksum.exists() else _checksum(data)  # older versions have none
+        manifest = Manifest.model_validate_json(data)
+    except (FileNotFoundError, NotADirectoryError):
         known = ", ".join(versions(root, name)) or "none"
         raise VersionMissing(f"no version {version!r} of {name} in {root.resolve()}; there: {known}") from None
+    except OSError as error:
+        raise VersionDamaged(f"{folder} cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise VersionDamaged(f"{path}: {where}: {first['msg']}") from None
+        raise VersionDamaged(f"{path}: {_first_problem(error)}") from None
     if (manifest.name, manifest.version) != (name, version):
         raise VersionDamaged(f"{path} describes {manifest.name} {manifest.version}: the folder was renamed or copied")
+    if published != _checksum(data):
+        raise VersionDamaged(f"{path} is not the published file ({CHECKSUM} differs): restore it, do not serve it")
     return manifest
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    if first["loc"] == ("schema_version",):
+        return "schema_version: this program reads 1 alone, use the dermlens that published this version"
+    where = ".".join(str(part) for part in first["loc"]) or "restore it from where this version was published"
+    return " ".join(f"{where}: {first['msg']}".split())  # one line, whatever the fields are called
 
 
 def verify(root: Path, name: str, version: str) -> Manifest:
@@ -105,7 +155,7 @@ def verify(root: Path, name: str, version: str) -> Manifest:
     """
     manifest = read_manifest(root, name, version)
     for file in manifest.files:
-        _read_verified(root / name / version, file, manifest)
+        _read_verified(_folder(root, name, version), file, manifest)
     return manifest
 
 
@@ -117,34 +167,56 @@ def load(root: Path, name: str, version: str) -> LoadedVersion:
     """
     manifest = read_manifest(root, name, version)
     files = dict.fromkeys((WEIGHTS, *manifest.files))  # weights once, even where the manifest forgets them
-    contents = {file: _read_verified(root / name / version, file, manifest) for file in files}
+    contents = {file: _read_verified(_folder(root, name, version), file, manifest) for file in files}
     int8 = Int8Graph(*(contents[file] for file in INT8)) if set(INT8) <= set(contents) else None
     try:
         return LoadedVersion(manifest, safetensors.numpy.load(contents[WEIGHTS]), int8)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: a type that NumPy has not
         raise VersionDamaged(f"{WEIGHTS} of {name} {version} is not a safetensors file: {error}") from None
+
+
+def _can_name(text: str) -> bool:
+    try:
+        return IDENTIFIER.validate_python(text) not in (CURRENT, PREVIOUS)
+    except ValidationError:
+        return False
+
+
+def _folder(root: Path, *names: str) -> Path:
+    """The folder of a model, or of one of its versions; a name that could lead elsewhere becomes no path."""
+    for name in names:
+        if not _can_name(name):
+            raise VersionMissing(f"{name[:80]!r} can name no model and no version: use letters, digits, . _ and -")
+    return root.joinpath(*names)
+
+
+def _inside(folder: Path, file: str) -> Path:
+    """The path of a version's file, which neither `..` nor a link takes out of the version's folder."""
+    home = Path(os.path.realpath(folder.parent), folder.name)
+    if not (file.isprintable() and Path(os.path.realpath(folder / file)).is_relative_to(home)):
+        raise VersionDamaged(f"{folder} names a file outside its folder: {file!r}")
+    return folder / file
 
 
 def _read_verified(folder: Path, file: str, manifest: Manifest) -> bytes:
     record = manifest.files.get(file)
     if record is None:
         raise VersionDamaged(f"{folder / MANIFEST} lists no {file}")
-    pure = PurePosixPath(file)
-    if pure.is_absolute() or ".." in pure.parts:
-        raise VersionDamaged(f"{folder / MANIFEST} names a file outside its folder: {file}")
-    try:
-        data = (folder / file).read_bytes()
+    path = _inside(folder, file)
+    try:  # the size first: a file that grew may not fit in memory
+        if path.stat().st_size == record.size and _record(data := path.read_bytes()) == record:
+            return data
     except OSError:
-        raise VersionDamaged(f"{folder / file} is missing: restore it from where this version was published") from None
-    if _record(data) != record:
-        raise VersionDamaged(
-            f"{folder / file} is not the published file (SHA-256 differs): restore it, do not serve it"
-        )
-    return data
+        raise VersionDamaged(f"{path} is missing: restore it from where this version was published") from None
+    raise VersionDamaged(f"{path} is not the published file (size or SHA-256 differs): restore it, do not serve it")
 
 
 def _record(data: bytes) -> FileRecord:
     return FileRecord(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+
+
+def _checksum(manifest: bytes) -> bytes:
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
 
 
 def publish(root: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
@@ -155,32 +227,119 @@ def publish(root: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
 
     Raises:
         VersionExists: the version is published already.
+        StoreError: a name or path that no version can have.
     """
-    final = root / manifest.name / manifest.version
-    if final.exists():
-        raise VersionExists(f"{final} exists: published versions never change, publish the next number")
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    final = _folder(root, manifest.name, manifest.version)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _sync_folder(root)
     manifest = manifest.model_copy(update={"files": {path: _record(data) for path, data in files.items()}})
-    for path, data in {**files, MANIFEST: manifest.model_dump_json(indent=2).encode()}.items():
-        (partial / path).parent.mkdir(parents=True, exist_ok=True)
-        _write_synced(partial / path, data)
-    os.rename(partial, final)
-    _sync_folder(final.parent)
+    described = manifest.model_dump_json(indent=2).encode()
+    with _alone(final.parent):
+        if final.exists():
+            raise VersionExists(f"{final} exists: published versions never change, publish the next number")
+        partial = _partial(final)
+        _remove(partial)
+        for file, data in {**files, MANIFEST: described, CHECKSUM: _checksum(described)}.items():
+            path = _inside(partial, file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_synced(path, data)
+        for folder, _, _ in os.walk(partial):
+            _sync_folder(Path(folder))
+        os.rename(partial, final)
+        _sync_folder(final.parent)
     return final
 
 
 def promote(root: Path, name: str, version: str) -> None:
-    """Make a verified version the served one, atomically.
+    """Make a verified version the served one, atomically, and remember which one it replaced.
 
     Raises:
         VersionMissing, VersionDamaged: and `current` stays as it was.
     """
+    with _alone(_folder(root, name)):
+        _make_current(root, name, version)
+
+
+def rollback(root: Path, name: str) -> str:
+    """Promote the version that was current before this one, and return it; twice returns to where one was.
+
+    Raises:
+        VersionMissing: there is none, or it is gone. VersionDamaged. `current` stays as it was.
+    """
+    with _alone(_folder(root, name)):
+        version = previous(root, name)
+        _make_current(root, name, version)
+    return version
+
+
+def _make_current(root: Path, name: str, version: str) -> None:
     load(root, name, version)
-    partial = root / name / ".current.partial"
-    _write_synced(partial, f"{version}\n".encode())
-    os.replace(partial, root / name / "current")
-    _sync_folder(root / name)
+    served = None
+    with suppress(StoreError):  # promoting is what repairs a damaged `current`
+        served = current(root, name)
+    if served and served != version:
+        replaced = f"{version} {served}\n"
+        with suppress(StoreError):  # kept, so that `previous` is right before and after `current` is replaced
+            replaced += f"{served} {previous(root, name)}\n"
+        _replace(root / name / PREVIOUS, replaced)
+    _replace(root / name / CURRENT, f"{version}\n")
+
+
+def prune(root: Path, name: str, *, keep: int) -> list[str]:
+    """Delete all but the newest `keep` versions, the current one and the previous one, and what a kill left over.
+
+    Returns:
+        The versions that were removed, in the order of `versions`.
+
+    Raises:
+        VersionMissing, VersionDamaged: nobody knows which is current or previous, so nothing is removed.
+        ValueError: `keep` is negative.
+    """
+    if keep < 0:
+        raise ValueError("keep: give 0 or more")
+    with _alone(_folder(root, name)):
+        needed = {current(root, name)}
+        with suppress(VersionMissing):
+            needed.add(previous(root, name))
+        for left_over in (root / name).glob(".*.partial"):
+            _remove(left_over)
+        found = versions(root, name)
+        removed = [version for version in found[: max(0, len(found) - keep)] if version not in needed]
+        for version in removed:
+            folder = _folder(root, name, version)
+            os.rename(folder, _partial(folder))
+            _sync_folder(folder.parent)  # or a power cut could bring back the name of a half-deleted folder
+            _remove(_partial(folder))
+    return removed
+
+
+@contextmanager
+def _alone(model: Path) -> Iterator[None]:
+    """Wait until no other process changes this model; a lock ends with its process, however that ends."""
+    try:
+        lock = (model / ".lock").open("w")
+    except FileNotFoundError:
+        raise VersionMissing(f"no model {model.name} in {model.parent.resolve()}") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _replace(path: Path, text: str) -> None:
+    _write_synced(_partial(path), text.encode())
+    os.replace(_partial(path), path)
+    _sync_folder(path.parent)
 
 
 def _write_synced(path: Path, data: bytes) -> None:

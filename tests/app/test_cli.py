@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -166,7 +167,7 @@ def test_models_lists_versions_where_none_is_current(
     assert run("models") == 0
     out, err = capsys.readouterr()
     assert out.startswith("  asff-resnet50 3")
-    assert "no version is current" in err
+    assert "no version of asff-resnet50 is current" in err
 
 
 @pytest.mark.parametrize(
@@ -185,6 +186,7 @@ def test_serve_fails_with_one_line_that_says_what_to_do(
 ) -> None:
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("app.logs.configure", lambda *_: None)  # it would take over the suite's own logging
     assert run("serve") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("dermlens: ")
@@ -194,6 +196,8 @@ def test_serve_fails_with_one_line_that_says_what_to_do(
 def test_serve_hands_the_app_and_the_options_to_uvicorn(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[uvicorn.Config] = []
     monkeypatch.setattr("app.cli._Server.run", lambda server: seen.append(server.config))
+    monkeypatch.setattr("app.logs.configure", lambda *_: None)
+    monkeypatch.setattr("os._exit", sys.exit)
     assert run("serve", "--host", "0.0.0.0", "--port", "9001") == 0  # noqa: S104 - a value, nothing listens
     (config,) = seen
     assert (config.app.title, config.host, config.port) == ("dermlens", "0.0.0.0", 9001)  # type: ignore[union-attr]  # noqa: S104

@@ -26,10 +26,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(store: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def serving(store: Path, **more: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A ready server and its address."""
     port = free_port()
-    settings = os.environ | {"DERMLENS_MODEL_STORE": str(store), "DERMLENS_PORT": str(port), "DERMLENS_MAX_BATCH": "1"}
+    settings = (
+        os.environ | {"DERMLENS_MODEL_STORE": str(store), "DERMLENS_PORT": str(port), "DERMLENS_MAX_BATCH": "1"} | more
+    )
     command = [sys.executable, "-m", "app.cli", "serve"]
     process = subprocess.Popen(command, cwd=ROOT, env=settings, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"

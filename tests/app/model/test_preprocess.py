@@ -107,7 +107,7 @@ def test_another_jpeg_decoder_takes_pillows_place_and_no_more(orientation: int) 
     found = decode(data, jpeg=other)
     assert (found.width, found.height, found.format) == (expected.width, expected.height, "JPEG")
     assert np.abs(found.pixels.astype(int) - expected.pixels.astype(int)).mean() < 1
-    assert seen == [len(data)]
+    assert len(seen) == 1
     for untouched in (encode(draw_lesion(1, 7), "PNG"), encode(draw_lesion(1, 7).convert("L"), "JPEG")):
         decode(untouched, jpeg=other)
     decode(data, jpeg=other, preview_side=1024)  # a person wants to see more than the square
@@ -189,18 +189,68 @@ def test_formats_that_the_model_was_not_made_for_are_refused_by_name(data: bytes
         decode(data)
 
 
+GREY = "greyscale image: the model was trained on colour"
+TRANSPARENT = "transparency was ignored"
+
+
 @pytest.mark.parametrize(
-    ("image", "word"),
+    ("image", "warnings"),
     [
-        (draw_lesion(0, 1).convert("L"), "greyscale"),
-        (draw_lesion(0, 1).convert("RGBA"), "transparency"),
-        (draw_lesion(0, 1, size=(100, 100)), "low resolution"),
-        (draw_lesion(0, 1, size=(900, 224)), "aspect"),
+        (draw_lesion(0, 1), ()),
+        (draw_lesion(0, 1).convert("L"), (GREY,)),
+        (draw_lesion(0, 1).convert("1"), (GREY,)),
+        (draw_lesion(0, 1).convert("LA"), (GREY, TRANSPARENT)),
+        (draw_lesion(0, 1).convert("RGBA"), (TRANSPARENT,)),
+        (draw_lesion(0, 1, size=(200, 224)), ()),
+        (
+            draw_lesion(0, 1, size=(199, 224)),
+            ("low resolution: the shorter side has 199 pixels, 224 or more is better",),
+        ),
+        (draw_lesion(0, 1, size=(560, 224)), ()),
+        (draw_lesion(0, 1, size=(900, 224)), ("extreme aspect ratio 4.0:1: crop to the lesion",)),
+        (draw_lesion(0, 1, size=(224, 561)), ("extreme aspect ratio 2.5:1: crop to the lesion",)),
     ],
 )
-def test_what_makes_an_answer_worse_is_said(image: Image.Image, word: str) -> None:
-    (warning,) = decode(encode(image)).warnings
-    assert word in warning
+def test_what_makes_an_answer_worse_is_said(image: Image.Image, warnings: tuple[str, ...]) -> None:
+    decoded = decode(encode(image))
+    assert decoded.warnings == warnings
+    assert np.array_equal(np.asarray(decoded.preview), decoded.pixels.transpose(1, 2, 0))
+
+
+def test_the_limits_themselves_are_served() -> None:
+    data = encode(draw_lesion(0, 1, size=(64, 48)))
+    assert decode(data, max_pixels=64 * 48).width == 64
+    with pytest.raises(ImageTooLarge, match=r"64×48 is over the limit of 0\.003071 megapixels: scale it down"):
+        decode(data, max_pixels=64 * 48 - 1)
+    assert decode(encode(Image.new("RGB", (16, 300)))).width == 16
+    with pytest.raises(ImageTooSmall, match="15×300 is too small to judge: each side needs 16 pixels or more"):
+        decode(encode(Image.new("RGB", (15, 300))))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("lossless", [False, True])
+def test_a_webp_of_each_coding_has_its_own_size_and_pixels(mode: str, lossless: bool) -> None:
+    image = draw_lesion(1, 1, size=(421, 260)).convert(mode)
+    decoded = decode(encode(image, "WEBP", lossless=lossless))
+    assert (decoded.width, decoded.height) == (421, 260)
+    expected = decode(encode(image.convert("RGB"))).pixels.astype(int)
+    assert np.abs(decoded.pixels.astype(int) - expected).mean() <= (0 if lossless else 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "the upload is empty: send the bytes of a JPEG, PNG or WebP file"),
+        (b"text", "the upload is not an image: send a JPEG, PNG or WebP file"),
+        (b"RIFF\x04\0\0\0WAVE", "the upload is not an image: send a JPEG, PNG or WebP file"),
+        (b"\xff\xd8\xff\xe0", "the image file is truncated or damaged: export it again"),
+        (png_header(64, 64), "the PNG file is truncated or damaged: export it again"),
+    ],
+)
+def test_a_refusal_says_what_to_do(data: bytes, message: str) -> None:
+    with pytest.raises(NotAnImage) as refused:
+        decode(data)
+    assert str(refused.value) == message
 
 
 def test_palette_images_keep_their_colours() -> None:

@@ -1,0 +1,45 @@
+"""A thread that notices when the device or the event loop does not come back."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from app.served import Served
+
+LOG = logging.getLogger(__name__)
+
+
+def watch(
+    served: Served, loop: asyncio.AbstractEventLoop, *, limit_s: float, on_failure: Callable[[str], None]
+) -> Callable[[], None]:
+    """Look every quarter of `limit_s`, a second at most; returns what ends the watch.
+
+    When the device is lost, a forward pass takes longer than `limit_s`, or the event loop does not answer for as long:
+    the batcher fails, so that /readyz is 503 and nobody is left waiting, and `on_failure` is called, once.
+    """
+    stopped = threading.Event()
+    answered = time.monotonic()
+
+    def answer() -> None:
+        nonlocal answered
+        answered = time.monotonic()
+
+    def look() -> None:
+        while not stopped.wait(min(1.0, limit_s / 4)):
+            batcher = served.now.batcher
+            reason = batcher.failure
+            if batcher.oldest_run_s > limit_s:
+                reason = f"a forward pass has taken more than {limit_s:g} s"
+            elif time.monotonic() - answered > limit_s:
+                reason = f"the event loop has not answered for more than {limit_s:g} s"
+            if reason:
+                LOG.critical("the server cannot go on: %s", reason)
+                loop.call_soon_threadsafe(batcher.fail, reason)
+                on_failure(reason)
+                return
+            loop.call_soon_threadsafe(answer)
+
+    threading.Thread(target=look, name="watchdog", daemon=True).start()
+    return stopped.set
