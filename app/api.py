@@ -99,10 +99,12 @@ class Service:
     timeout_ms: int
 
     def took(self, stage: str, seconds: float) -> None:
+        """Count a stage's duration, and note it in the access line."""
         self.metrics.stage_seconds.labels(stage=stage).observe(seconds)
         logs.note_stage(stage, seconds)
 
     async def timed(self, stage: str, work: Awaitable[T]) -> T:
+        """The outcome of `work`, its duration counted."""
         started = time.perf_counter()
         try:
             return await work
@@ -110,10 +112,15 @@ class Service:
             self.took(stage, time.perf_counter() - started)
 
     async def in_worker(self, stage: str, work: Callable[[], T]) -> T:
+        """The outcome of `work` in a thread, its wait for one included in the duration."""
         return await self.timed(stage, to_thread.run_sync(work, limiter=self.workers))
 
     async def see(self, request: Request, data: bytes, rule: Rule, *, preview_side: int = 0) -> Answer:
-        """Decode, run and judge one image."""
+        """Decode, run, judge and record one image.
+
+        Raises:
+            ImageError, DeadlineExceeded, AuditFailed, or what `MicroBatcher.submit` raises.
+        """
         started = time.monotonic()
         manifest, batcher = rule.running.manifest, rule.running.batcher
         size = manifest.preprocessing.size
@@ -123,7 +130,11 @@ class Service:
                     "decode",
                     lambda: self.decode(data, size=size, max_pixels=self.max_pixels, preview_side=preview_side),
                 )
+        except asyncio.CancelledError:
+            self.metrics.dropped.labels(reason="client_gone").inc()
+            raise
         except TimeoutError:
+            self.metrics.dropped.labels(reason="deadline").inc()
             raise DeadlineExceeded(f"not decoded within {rule.timeout_s:g} s: allow more time, or try again") from None
         left_s = rule.timeout_s - (time.monotonic() - started)
         result = await batcher.submit(image.pixels, timeout_s=left_s, background=rule.background)

@@ -67,6 +67,8 @@ class Settings(BaseSettings):
     )
     max_upload_bytes: int = Field(20_000_000, ge=1, description="Largest image file, bytes.")
     max_pixels: int = Field(64_000_000, ge=1, description="Largest width × height of an image, pixels.")
-    max_batch_bytes: int = Field(100_000_000, ge=1, description="Largest body of /predict/batch, bytes.")
+    max_batch_bytes: int = Field(
+        100_000_000, ge=1, description="Largest body of /predict/batch and of V2's infer, bytes."
+    )
     read_timeout_ms: int = Field(30_000, ge=1, description="Time for a whole request body before 408, milliseconds.")
-    max_batch_files: int = Field(32, ge=1, description="Files in one /predict/batch request at most.")
+    max_batch_files: int = Field(32, ge=1, description="Images in one request at most.")

@@ -49,7 +49,7 @@ def exposed() -> set[str]:
 
 @each_query
 def test_a_query_asks_for_metrics_that_the_server_has(query: str) -> None:
-    asked = set(re.findall(r"\bdermlens[_:][a-z0-9_:]*", query))
+    asked = set(re.findall(r"\b(?:dermlens[_:]|process_)[a-z0-9_:]*", query))
     assert asked or "up{" in query
     assert asked <= exposed()
 

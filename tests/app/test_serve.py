@@ -50,7 +50,7 @@ def serving(store: Path, **more: str) -> Iterator[tuple[subprocess.Popen[bytes],
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_answers_what_was_accepted_and_ends_with_0(careful_store: Path, lesion: bytes, number: int) -> None:
-    with serving(careful_store) as (process, url), ThreadPoolExecutor(1) as pool:
+    with serving(careful_store, DERMLENS_CPU_THREADS="1") as (process, url), ThreadPoolExecutor(1) as pool:
         # The first call for integrated gradients imports torch: seconds in which the signal comes
         slow = pool.submit(
             httpx2.post, f"{url}/explain?method=integrated-gradients", content=lesion, headers=JPEG, timeout=60
@@ -63,7 +63,7 @@ def test_a_stop_answers_what_was_accepted_and_ends_with_0(careful_store: Path, l
 
 
 def test_a_second_signal_ends_it_at_once(careful_store: Path, lesion: bytes) -> None:
-    with serving(careful_store) as (process, url), ThreadPoolExecutor(1) as pool:
+    with serving(careful_store, DERMLENS_CPU_THREADS="1") as (process, url), ThreadPoolExecutor(1) as pool:
         slow = pool.submit(httpx2.post, f"{url}/explain?method=occlusion", content=lesion, headers=JPEG, timeout=60)
         while "dermlens_in_flight_requests 2.0" not in httpx2.get(f"{url}/metrics").text:
             time.sleep(0.01)
