@@ -42,7 +42,7 @@ def configure(level: str, format: Literal["auto", "json", "text"]) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(max(number, logging.WARNING))
-    for name in ("app", "uvicorn"):
+    for name in ("app", "uvicorn", "uvicorn.error"):
         logging.getLogger(name).setLevel(number)
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # tells of every broken form, with bytes of it
     logging.captureWarnings(True)

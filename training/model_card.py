@@ -172,7 +172,7 @@ def _mixture(config: Mapping[str, Any]) -> str:
     partner = config["model"].get("mixed_with")
     other = f"run `{partner}`" if partner else "start"
     return (
-        f"They were then mixed with the weights of the {other}, whose share is {share:g}: it was chosen among five by "
+        f"They were then mixed with the weights of the {other}, whose share is {share:g}: it was chosen among a few by "
         "the held-out scores (docs/experiments.md), so these figures are a little kind to it. "
     )
 

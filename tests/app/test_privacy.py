@@ -99,7 +99,7 @@ def found_in(data: bytes) -> str | None:
         base64.urlsafe_b64encode(b"xy" + MARKER.encode()),
         "".join(f"%{letter:02X}" for letter in MARKER.encode()).encode(),
         NOISE[1001:1040],
-        repr(FILES["JPEG"][5001:5040]).encode(),
+        repr(FILES["JPEG"][5001:5400]).encode(),
         FILES["PNG"][9001:9040].hex().encode(),
         base64.b64encode(FILES["JPEG"][7001:7040]),
     ],
