@@ -1,9 +1,10 @@
 """The version being served, and its replacement by another one without losing a request."""
 
 import asyncio
+import ctypes
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from anyio import to_thread
@@ -129,3 +130,11 @@ async def _retire(old: Running) -> None:
         old.unused.clear()
         await old.unused.wait()
     await old.batcher.stop()
+    del old  # frees it
+    await to_thread.run_sync(_give_back)
+
+
+def _give_back() -> None:
+    """Give freed memory to the system, which glibc keeps where a later allocation lies behind it."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
