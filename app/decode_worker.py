@@ -19,6 +19,7 @@ from PIL import Image
 from app.model.preprocess import FORMATS, ImageError, decode
 
 NOBODY = 65534
+ROOM = 64_000_000  # bytes, a small photograph decoded
 PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 
 
@@ -49,7 +50,8 @@ def main() -> None:
     timeout_s = float(sys.argv[2])
     warm_up()  # what Pillow imports at first use, it can no longer import once confined
     confine(int(sys.argv[1]))
-    warm_up()  # too little memory shows before the first upload
+    bytearray(ROOM)  # too little memory shows before the first upload
+    warm_up()
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     replies.write(b"ready")
     replies.flush()

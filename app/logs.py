@@ -43,7 +43,9 @@ def configure(level: str, format: Literal["auto", "json", "text"]) -> None:
     root.handlers = [handler]
     root.setLevel(max(number, logging.WARNING))
     for name in ("app", "uvicorn", "uvicorn.error"):
-        logging.getLogger(name).setLevel(number)
+        logger = logging.getLogger(name)
+        logger.setLevel(number)
+        logger.handlers, logger.propagate = [], True  # uvicorn's own set-up, where it ran before
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # tells of every broken form, with bytes of it
     logging.captureWarnings(True)
     sys.excepthook = lambda kind, error, trace: LOG.critical("crashed", exc_info=(kind, error, trace))

@@ -26,7 +26,7 @@ class OpenVinoEngine:
     def __init__(
         self, version: LoadedVersion, *, precision: Literal["auto"] | Precision = "auto", threads: int = 0
     ) -> None:
-        core = ov.Core()
+        core = the_core()
         self.precision = choose_precision(precision, version, bfloat16=computes_bfloat16())
         self._version = version
         self._threads = threads
@@ -62,7 +62,13 @@ class OpenVinoEngine:
 
 def computes_bfloat16() -> bool:
     """Whether the processor has instructions for it (AVX512-BF16, AMX)."""
-    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in the_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@functools.cache
+def the_core() -> ov.Core:
+    """One for the process: with the last one the CPU plugin is unloaded, maybe under a thread that still runs in it."""
+    return ov.Core()
 
 
 def choose_precision(wanted: Literal["auto"] | Precision, version: LoadedVersion, *, bfloat16: bool) -> Precision:
