@@ -2,7 +2,10 @@
 
 import io
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,19 +14,26 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+import uvicorn
 from fastapi.testclient import TestClient
+from numpy.typing import NDArray
 from PIL import Image
 
+from app.engines.base import Output
 from app.main import create_app
 from app.model import store
 from app.model.architecture import IMAGENET_MEAN, IMAGENET_STD, LesionNet
 from app.model.manifest import Abstention, Architecture, Gate, Manifest, OperatingPoint, Preprocessing, Split
+from app.model.overlay import Method
+from app.model.store import LoadedVersion
+from app.protocol import GuardedProtocol
 from app.settings import Settings
 from training.drawn import draw_lesion
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = Path(os.environ.get("DERMLENS_DATA_DIR", ROOT.parent / "shared" / "data"))
 NAME = "asff-resnet50"
+JPEG = {"content-type": "image/jpeg"}
 
 needs_real_data = pytest.mark.skipif(
     not (SHARED_DATA / "isic2020" / "train").is_dir(), reason=f"no real images in {SHARED_DATA} (see docs/training.md)"
@@ -129,6 +139,47 @@ def small_store(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path
 
     return publish
+
+
+class Quick:
+    """An engine that answers with the one number that its version's weights hold."""
+
+    name, device, precision, in_flight = "quick", "cpu", "float32", 1
+
+    def __init__(self, version: LoadedVersion) -> None:
+        self._value = version.weights["w"][0]
+
+    def run(self, images: NDArray[np.uint8]) -> Output:
+        time.sleep(0.002)  # so that batches form, and swaps come in the middle of them
+        rows = np.full((len(images), 2), self._value, dtype=np.float32)
+        return Output(rows, np.zeros((len(images), 2, 4, 4), dtype=np.float32))
+
+    def attribute(self, image: NDArray[np.uint8], method: Method, *, target: int) -> NDArray[np.float32]:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def quick_store(small_store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Versions 1, which is current, and 2, for servers whose engine is `Quick`."""
+    monkeypatch.setattr("app.main.build_engine", lambda _, version, **__: Quick(version))
+    root = small_store("1", "2")
+    store.promote(root, NAME, "1")
+    return root
+
+
+@contextmanager
+def running(app: Any, *, http: type[GuardedProtocol] = GuardedProtocol, loop: Any = "auto") -> Iterator[int]:
+    """A server in a thread, by its port."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", http=http, ws="none", loop=loop))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(20)
 
 
 @pytest.fixture(scope="session")

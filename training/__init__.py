@@ -1,5 +1,1 @@
-import sys
-
-# OpenVINO's wheel tells Google Analytics of every import and keeps an id in the home folder; without this module of its
-# it does neither. A host of patients' data reports to nobody
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+import app  # noqa: F401 - before OpenVINO is imported here: app keeps it from reporting its import

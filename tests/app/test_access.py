@@ -1,7 +1,7 @@
 """The whole service as someone with, without or with the wrong key finds it."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +11,8 @@ from app.main import create_app
 from app.model import store
 from app.security import new_key
 from app.settings import Settings
-from tests.app.test_served import Quick
-from tests.conftest import NAME
+from tests.conftest import JPEG, NAME
 
-JPEG = {"content-type": "image/jpeg"}
 ROUTES = [
     ("POST", "/predict"),
     ("POST", "/predict/batch"),
@@ -27,23 +25,15 @@ ROUTES = [
 OPEN = ["/livez", "/readyz", "/openapi.json", "/docs"]
 
 
-@pytest.fixture
-def root(small_store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("app.main.build_engine", lambda _, version, **__: Quick(version))
-    root = small_store("1", "2")
-    store.promote(root, NAME, "1")
-    return root
-
-
 Keys = dict[str, dict[str, str]]  # scope -> header
 
 
 @pytest.fixture
-def guarded(root: Path, tmp_path: Path) -> Iterator[tuple[TestClient, Keys]]:
+def guarded(quick_store: Path, tmp_path: Path) -> Iterator[tuple[TestClient, Keys]]:
     made = {scope: new_key(scope, [scope]) for scope in ("predict", "admin", "metrics")}
     path = tmp_path / "keys.toml"
     path.write_text("".join(key.toml for key in made.values()))
-    with TestClient(create_app(Settings(model_store=root, api_keys=path, reload_ms=0))) as client:
+    with TestClient(create_app(Settings(model_store=quick_store, api_keys=path, reload_ms=0))) as client:
         yield client, {scope: {"Authorization": f"Bearer {key.secret}"} for scope, key in made.items()}
 
 
@@ -69,26 +59,30 @@ def test_a_key_opens_what_its_scope_names_and_nothing_else(guarded: tuple[TestCl
     assert scraped == {"predict": 403, "admin": 403, "metrics": 200}
 
 
-def test_an_admin_promotes_and_the_store_says_so(guarded: tuple[TestClient, Keys], root: Path, lesion: bytes) -> None:
+def test_an_admin_promotes_and_the_store_says_so(
+    guarded: tuple[TestClient, Keys], quick_store: Path, lesion: bytes
+) -> None:
     client, keys = guarded
     assert client.post("/models/2/promote", headers=keys["predict"]).status_code == 403
-    assert store.current(root, NAME) == "1"
+    assert store.current(quick_store, NAME) == "1"
     answer = client.post("/models/2/promote", headers=keys["admin"])
     assert answer.json() == {"version": "2", "previous": "1"}
-    assert store.current(root, NAME) == "2"
+    assert store.current(quick_store, NAME) == "2"
     assert client.post("/predict", content=lesion, headers=JPEG | keys["predict"]).json()["model"]["version"] == "2"
-    assert store.rollback(root, NAME) == "1"
+    assert store.rollback(quick_store, NAME) == "1"
 
 
-def test_what_cannot_be_promoted_is_told_and_changes_nothing(guarded: tuple[TestClient, Keys], root: Path) -> None:
+def test_what_cannot_be_promoted_is_told_and_changes_nothing(
+    guarded: tuple[TestClient, Keys], quick_store: Path
+) -> None:
     client, keys = guarded
-    (root / NAME / "2" / store.WEIGHTS).write_bytes(b"damaged")
+    (quick_store / NAME / "2" / store.WEIGHTS).write_bytes(b"damaged")
     for version, status, slug in (("9", 404, "version-missing"), ("2", 409, "version-refused")):
         answer = client.post(f"/models/{version}/promote", headers=keys["admin"])
         assert (answer.status_code, answer.json()["type"].rsplit(":")[-1]) == (status, slug)
     assert client.post("/models/..%2f..%2fetc/promote", headers=keys["admin"]).status_code in (404, 422)
     assert client.post("/models/.hidden/promote", headers=keys["admin"]).status_code == 422
-    assert store.current(root, NAME) == "1"
+    assert store.current(quick_store, NAME) == "1"
     assert client.get("/models", headers=keys["predict"]).json()["versions"][0]["served"]
 
 
@@ -107,22 +101,22 @@ def test_a_store_that_cannot_be_written_leaves_the_version_that_it_names(
     assert 'version="1"' in client.get("/metrics", headers=keys["metrics"]).text
 
 
-def test_a_server_that_was_given_one_version_stays_with_it(root: Path, tmp_path: Path) -> None:
+def test_a_server_that_was_given_one_version_stays_with_it(quick_store: Path, tmp_path: Path) -> None:
     key = new_key("admin", ["admin"])
     (tmp_path / "keys.toml").write_text(key.toml)
-    settings = Settings(model_store=root, api_keys=tmp_path / "keys.toml", model_version="2")
+    settings = Settings(model_store=quick_store, api_keys=tmp_path / "keys.toml", model_version="2")
     with TestClient(create_app(settings)) as client:
         answer = client.post("/models/1/promote", headers={"Authorization": f"Bearer {key.secret}"})
         assert answer.status_code == 409
-    assert store.current(root, NAME) == "1"
+    assert store.current(quick_store, NAME) == "1"
 
 
-def test_without_keys_all_is_open_but_what_changes_the_server(root: Path, lesion: bytes) -> None:
-    with TestClient(create_app(Settings(model_store=root))) as client:
+def test_without_keys_all_is_open_but_what_changes_the_server(quick_store: Path, lesion: bytes) -> None:
+    with TestClient(create_app(Settings(model_store=quick_store))) as client:
         assert client.post("/predict", content=lesion, headers=JPEG).status_code == 200
         answer = client.post("/models/2/promote")
         assert (answer.status_code, "DERMLENS_API_KEYS" in answer.json()["detail"]) == (403, True)
-    assert store.current(root, NAME) == "1"
+    assert store.current(quick_store, NAME) == "1"
 
 
 def test_every_answer_carries_the_security_headers(guarded: tuple[TestClient, Keys]) -> None:
@@ -134,26 +128,26 @@ def test_every_answer_carries_the_security_headers(guarded: tuple[TestClient, Ke
         assert headers["content-security-policy"].startswith("default-src 'none'")
 
 
-def test_the_docs_page_loads_nothing_from_elsewhere(root: Path) -> None:
-    with TestClient(create_app(Settings(model_store=root))) as client:
+def test_the_docs_page_loads_nothing_from_elsewhere(quick_store: Path) -> None:
+    with TestClient(create_app(Settings(model_store=quick_store))) as client:
         page = client.get("/docs").text
         assert not re.search(r"https?://", page)
         for path in re.findall(r'(?:src|href)="([^"]+)"', page):
             assert client.get(path).status_code == 200
 
 
-def test_the_description_can_be_switched_off(root: Path) -> None:
-    with TestClient(create_app(Settings(model_store=root, docs=False))) as client:
+def test_the_description_can_be_switched_off(quick_store: Path) -> None:
+    with TestClient(create_app(Settings(model_store=quick_store, docs=False))) as client:
         assert [client.get(route).status_code for route in ("/docs", "/openapi.json", "/redoc")] == [404] * 3
         assert client.get("/livez").status_code == 200
 
 
-def test_other_sites_may_call_only_where_they_are_named(root: Path) -> None:
+def test_other_sites_may_call_only_where_they_are_named(quick_store: Path) -> None:
     ask = {"Origin": "https://ward.example", "Access-Control-Request-Method": "POST"}
-    with TestClient(create_app(Settings(model_store=root))) as client:
+    with TestClient(create_app(Settings(model_store=quick_store))) as client:
         assert "access-control-allow-origin" not in client.options("/predict", headers=ask).headers
         assert "access-control-allow-origin" not in client.get("/livez", headers=ask).headers
-    with TestClient(create_app(Settings(model_store=root, cors_origins="https://ward.example"))) as client:
+    with TestClient(create_app(Settings(model_store=quick_store, cors_origins="https://ward.example"))) as client:
         assert client.options("/predict", headers=ask).headers["access-control-allow-origin"] == ask["Origin"]
         other = ask | {"Origin": "https://elsewhere.example"}
         assert "access-control-allow-origin" not in client.options("/predict", headers=other).headers

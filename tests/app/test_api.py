@@ -13,7 +13,6 @@ import httpx2
 import numpy as np
 import pytest
 import safetensors.numpy
-import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -22,10 +21,8 @@ from app.model import store
 from app.model.labels import NOTICE
 from app.settings import Settings
 from tests.app.model.test_preprocess import png_header
-from tests.conftest import encode, make_manifest, make_rule
+from tests.conftest import JPEG, encode, make_manifest, make_rule, running
 from training.drawn import draw_lesion
-
-JPEG = {"content-type": "image/jpeg"}
 
 
 def check_problem(response: httpx2.Response, status: int, slug: str) -> dict[str, Any]:
@@ -435,15 +432,9 @@ def test_the_work_of_a_client_that_leaves_is_dropped_before_it_runs(
 
     monkeypatch.setattr("app.engines.torch_engine.TorchEngine.attribute", hold)
     app = create_app(Settings(model_store=careful_store, engine="torch"))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
+    with running(app) as port, ThreadPoolExecutor(1) as pool:
         url = f"http://127.0.0.1:{port}"
-        with ThreadPoolExecutor(1) as pool:
+        try:
             slow = pool.submit(httpx2.post, f"{url}/explain?method=occlusion", content=lesion, headers=JPEG, timeout=20)
             assert began.wait(10)
             with socket.create_connection(("127.0.0.1", port)) as leaver:
@@ -453,11 +444,9 @@ def test_the_work_of_a_client_that_leaves_is_dropped_before_it_runs(
             wait_for(url, 'dermlens_dropped_total{reason="client_gone"} 1.0')
             let_go.set()
             assert slow.result().status_code == 200
-        wait_for(url, 'dermlens_stage_seconds_count{stage="forward"} 1.0')  # of the slow one, and of no other
-    finally:
-        let_go.set()
-        server.should_exit = True
-        thread.join(20)
+            wait_for(url, 'dermlens_stage_seconds_count{stage="forward"} 1.0')  # of the slow one, and of no other
+        finally:
+            let_go.set()
 
 
 def wait_for(url: str, line: str) -> None:

@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,21 +12,14 @@ from fastapi.testclient import TestClient
 from app.audit import Secret, verify
 from app.cli import main
 from app.main import create_app
-from app.model import store
 from app.settings import Settings
-from tests.app.test_served import Quick
-from tests.conftest import NAME
-
-JPEG = {"content-type": "image/jpeg"}
+from tests.conftest import JPEG
 
 
 @pytest.fixture
-def settings(small_store: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    monkeypatch.setattr("app.main.build_engine", lambda _, version, **__: Quick(version))
-    root = small_store("1")
-    store.promote(root, NAME, "1")
+def settings(quick_store: Path, tmp_path: Path) -> Settings:
     (tmp_path / "audit.key").write_bytes(os.urandom(32))
-    return Settings(model_store=root, audit_log=tmp_path / "audit.log", audit_key_file=tmp_path / "audit.key")
+    return Settings(model_store=quick_store, audit_log=tmp_path / "audit.log", audit_key_file=tmp_path / "audit.key")
 
 
 @pytest.fixture

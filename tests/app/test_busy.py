@@ -9,17 +9,15 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import pytest
-import uvicorn
 from numpy.typing import NDArray
 
 from app.engines.base import Output
 from app.engines.openvino_engine import OpenVinoEngine
 from app.main import create_app
-from app.protocol import GuardedProtocol
 from app.settings import Settings
 from tests.app.test_served import until
+from tests.conftest import JPEG, running
 
-JPEG = {"content-type": "image/jpeg"}
 HEAD = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\ncontent-length: 1000000\r\n\r\n"
 
 
@@ -44,18 +42,12 @@ def busy(careful_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple
 
     monkeypatch.setattr(OpenVinoEngine, "run", wait)
     app = create_app(Settings(model_store=careful_store, max_queue=1, max_batch=1, precision="float32"))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", http=GuardedProtocol, ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    until(lambda: server.started, "the server starts")
-    port = server.servers[0].sockets[0].getsockname()[1]
-    held.began.clear()
-    try:
-        yield f"http://127.0.0.1:{port}", port, held
-    finally:
-        held.gate.set()
-        server.should_exit = True
-        thread.join(20)
+    with running(app) as port:
+        held.began.clear()
+        try:
+            yield f"http://127.0.0.1:{port}", port, held
+        finally:
+            held.gate.set()
 
 
 def test_a_full_server_refuses_before_it_reads_the_body(busy: tuple[str, int, Held], lesion: bytes) -> None:

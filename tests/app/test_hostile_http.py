@@ -8,16 +8,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from app.main import create_app
 from app.protocol import GuardedProtocol
 from app.settings import Settings
+from tests.conftest import running
 
 SHORT_S = 0.3
 LONG = 50_000_000  # more bytes than the buffers of two sockets
@@ -40,21 +40,6 @@ class Patient(Tiny):
     """Where it is bytes that must end the connection, and not the time."""
 
     client_timeout_s = 50
-
-
-@contextmanager
-def running(app: Any, *, http: type[GuardedProtocol] = Tiny, loop: Any = "auto") -> Iterator[int]:
-    """A server in a thread, by its port."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", http=http, ws="none", loop=loop))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join(20)
 
 
 class Spy:
@@ -167,7 +152,7 @@ def spy() -> Spy:
 
 @pytest.fixture(scope="module")
 def tiny(spy: Spy, loop: str) -> Iterator[int]:
-    with running(spy, loop=loop) as port:
+    with running(spy, http=Tiny, loop=loop) as port:
         yield port
 
 

@@ -27,8 +27,7 @@ from app.settings import Settings
 from app.tensors import parse
 from app.upload import BodyTooLarge, MalformedUpload
 from tests.app.test_serve import serving
-from tests.app.test_served import Quick
-from tests.conftest import NAME, encode
+from tests.conftest import NAME, Quick, encode
 from training.drawn import draw_lesion
 
 INFER = f"/v2/models/{NAME}/infer"
@@ -398,20 +397,15 @@ def test_a_client_that_leaves_has_none_of_its_waiting_images_run(
 
 
 @pytest.fixture
-def guarded(
-    small_store: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[TestClient, dict[str, dict[str, str]]]]:
+def guarded(quick_store: Path, tmp_path: Path) -> Iterator[tuple[TestClient, dict[str, dict[str, str]]]]:
     """A server that asks for keys: one to predict twice a minute, one for metrics."""
-    monkeypatch.setattr("app.main.build_engine", lambda _, version, **__: Quick(version))
-    root = small_store("1", "2")
-    store.promote(root, NAME, "1")
     made = {"predict": new_key("p", ["predict"], per_minute=2), "metrics": new_key("m", ["metrics"])}
     path = tmp_path / "keys.toml"
     path.write_text("".join(key.toml for key in made.values()))
     secret = tmp_path / "audit.key"
     secret.write_bytes(bytes(32))
     settings = Settings(
-        model_store=root, api_keys=path, reload_ms=0, audit_log=tmp_path / "audit.log", audit_key_file=secret
+        model_store=quick_store, api_keys=path, reload_ms=0, audit_log=tmp_path / "audit.log", audit_key_file=secret
     )
     with TestClient(create_app(settings)) as client:
         yield client, {scope: {"Authorization": f"Bearer {key.secret}"} for scope, key in made.items()}

@@ -14,9 +14,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.conftest import ROOT
-
-JPEG = {"content-type": "image/jpeg"}
+from tests.conftest import JPEG, ROOT
 
 
 def free_port() -> int:

@@ -19,53 +19,26 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from fastapi.testclient import TestClient
-from numpy.typing import NDArray
 
-from app.engines.base import DeviceLost, Output, context_lost
+from app.engines.base import DeviceLost, context_lost
 from app.engines.cuda_engine import CudaEngine
 from app.main import create_app
 from app.model import store
-from app.model.overlay import Method
-from app.model.store import LoadedVersion
 from app.served import Running
 from app.settings import Settings
 from tests.app.test_serve import free_port
-from tests.conftest import NAME, ROOT, make_manifest, make_rule
-
-JPEG = {"content-type": "image/jpeg"}
-
-
-class Quick:
-    """An engine that answers with the one number that its version's weights hold."""
-
-    name, device, precision, in_flight = "quick", "cpu", "float32", 1
-
-    def __init__(self, version: LoadedVersion) -> None:
-        self._value = version.weights["w"][0]
-
-    def run(self, images: NDArray[np.uint8]) -> Output:
-        time.sleep(0.002)  # so that batches form, and swaps come in the middle of them
-        rows = np.full((len(images), 2), self._value, dtype=np.float32)
-        return Output(rows, np.zeros((len(images), 2, 4, 4), dtype=np.float32))
-
-    def attribute(self, image: NDArray[np.uint8], method: Method, *, target: int) -> NDArray[np.float32]:
-        raise NotImplementedError
+from tests.conftest import JPEG, NAME, ROOT, make_manifest, make_rule
 
 
 @pytest.fixture
-def served(
-    small_store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[], tuple[TestClient, Path]]]:
-    """A server that looks at its store all the time; versions 1 and 2 are there, 1 is current."""
-    monkeypatch.setattr("app.main.build_engine", lambda _, version, **__: Quick(version))
-    root = small_store("1", "2")
-    store.promote(root, NAME, "1")
+def served(quick_store: Path) -> Iterator[Callable[[], tuple[TestClient, Path]]]:
+    """A server that looks at its store all the time."""
     clients = []
 
     def open_client() -> tuple[TestClient, Path]:
-        client = TestClient(create_app(Settings(model_store=root, reload_ms=1, max_batch=1)))
+        client = TestClient(create_app(Settings(model_store=quick_store, reload_ms=1, max_batch=1)))
         clients.append(client.__enter__())
-        return client, root
+        return client, quick_store
 
     yield open_client
     for client in clients:

@@ -19,8 +19,19 @@ async def read_request(reader: asyncio.StreamReader) -> bytes:
 
 
 def serve_and(handler: Handler, use: Callable[[int], Awaitable[None]]) -> None:
+    """`use` a server by its port, while `handler` answers; a connection ends with its handler or its client."""
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await handler(reader, writer)
+        except asyncio.IncompleteReadError:
+            pass
+        finally:
+            writer.close()
+            await writer.wait_closed()
+
     async def run() -> None:
-        server = await asyncio.start_server(handler, "127.0.0.1", 0)
+        server = await asyncio.start_server(connected, "127.0.0.1", 0)
         async with server:
             await use(server.sockets[0].getsockname()[1])
             await asyncio.sleep(0.05)  # the handlers see that their clients left
@@ -34,18 +45,12 @@ def target(port: int) -> Target:
 
 def answering(body: bytes, *, delay: float = 0.0, pieces: int = 1) -> Handler:
     async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while await read_request(reader) == b"abc":
-                await asyncio.sleep(delay)
-                for part in np.array_split(np.frombuffer(body, dtype=np.uint8), pieces):
-                    writer.write(part.tobytes())
-                    await writer.drain()
-                    await asyncio.sleep(0)
-        except asyncio.IncompleteReadError:
-            pass
-        finally:
-            writer.close()
-            await writer.wait_closed()
+        while await read_request(reader) == b"abc":
+            await asyncio.sleep(delay)
+            for part in np.array_split(np.frombuffer(body, dtype=np.uint8), pieces):
+                writer.write(part.tobytes())
+                await writer.drain()
+                await asyncio.sleep(0)
 
     return handler
 
@@ -78,18 +83,12 @@ def test_refusals_and_broken_connections_are_failures_and_have_no_latency() -> N
 
     async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal turn
-        try:
-            while await read_request(reader):
-                turn += 1
-                if turn % 3 == 0:
-                    return
-                status = b"503 Busy" if turn % 3 == 1 else b"200 OK"
-                writer.write(b"HTTP/1.1 " + status + b"\r\ncontent-length: 0\r\n\r\n")
-        except asyncio.IncompleteReadError:
-            pass
-        finally:
-            writer.close()
-            await writer.wait_closed()
+        while await read_request(reader):
+            turn += 1
+            if turn % 3 == 0:
+                return
+            status = b"503 Busy" if turn % 3 == 1 else b"200 OK"
+            writer.write(b"HTTP/1.1 " + status + b"\r\ncontent-length: 0\r\n\r\n")
 
     async def use(port: int) -> None:
         load = await closed_loop(target(port), clients=1, seconds=0.2)
