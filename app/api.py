@@ -3,40 +3,33 @@
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
 
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app import logs
-from app.audit import AuditLog
-from app.batcher import DeadlineExceeded, Result
 from app.errors import KINDS, report
-from app.metrics import Metrics
-from app.model.labels import OFF, PREDICTED, Judgement, check_choices, judge
-from app.model.manifest import Identifier, Manifest
+from app.model.labels import OFF, PREDICTED, check_choices
+from app.model.manifest import Identifier
 from app.model.overlay import Method, Overlay, Style, aim, render
-from app.model.preprocess import PREVIEW_SIDE, DecodedImage
+from app.model.preprocess import PREVIEW_SIDE
 from app.schemas import (
     BatchItem,
     Explanation,
     Health,
-    ModelInfo,
     Models,
     Prediction,
     Promoted,
     prediction_fields,
 )
 from app.security import KeyRing, guard
-from app.served import Running, Served
+from app.service import Answer, Rule, Service
 from app.upload import read_image, read_images, while_connected
 
-T = TypeVar("T")
 IMAGE = {"type": "string", "format": "binary"}
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {
@@ -46,136 +39,6 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     for status in sorted({kind.status for kind in KINDS.values()})
 }
 REFUSALS: dict[int | str, dict[str, Any]] = {status: PROBLEMS[status] for status in (401, 403, 429)}
-
-
-class Decode(Protocol):
-    """`app.model.preprocess.decode`, or the same in a process of its own; for a worker thread."""
-
-    def __call__(self, data: bytes, *, size: int, max_pixels: int, preview_side: int) -> DecodedImage: ...
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What answers this request, how it wants its probabilities judged, and how long it waits for them."""
-
-    running: Running
-    operating_point: str
-    coverage: str
-    timeout_s: float
-    background: bool
-
-    def admit(self, images: int = 1) -> AbstractContextManager[None]:
-        """As `MicroBatcher.admit`, for images that have been read."""
-        return self.running.batcher.admit(images, timeout_s=self.timeout_s, background=self.background)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One image, seen and judged."""
-
-    image: DecodedImage
-    result: Result
-    judgement: Judgement
-
-
-@dataclass(frozen=True)
-class Service:
-    """What the routes need, built once in `main`."""
-
-    served: Served
-    decode: Decode
-    audit: AuditLog | None
-    metrics: Metrics
-    list_models: Callable[[], list[ModelInfo]]
-    promote: Callable[[str], Awaitable[str]]  # a version in place of the one whose name it gives
-    workers: CapacityLimiter  # threads that decode and draw
-    operating_point: str
-    coverage: str
-    max_upload_bytes: int
-    max_pixels: int
-    max_batch_files: int
-    max_batch_bytes: int
-    read_timeout_s: float
-    timeout_ms: int
-
-    def took(self, stage: str, seconds: float) -> None:
-        """Count a stage's duration, and note it in the access line."""
-        self.metrics.stage_seconds.labels(stage=stage).observe(seconds)
-        logs.note_stage(stage, seconds)
-
-    async def timed(self, stage: str, work: Awaitable[T]) -> T:
-        """The outcome of `work`, its duration counted."""
-        started = time.perf_counter()
-        try:
-            return await work
-        finally:
-            self.took(stage, time.perf_counter() - started)
-
-    async def in_worker(self, stage: str, work: Callable[[], T]) -> T:
-        """The outcome of `work` in a thread, its wait for one included in the duration."""
-        return await self.timed(stage, to_thread.run_sync(work, limiter=self.workers))
-
-    async def see(self, request: Request, data: bytes, rule: Rule, *, preview_side: int = 0) -> Answer:
-        """Decode, run, judge and record one image.
-
-        Raises:
-            ImageError, DeadlineExceeded, AuditFailed, or what `MicroBatcher.submit` raises.
-        """
-        started = time.monotonic()
-        manifest, batcher = rule.running.manifest, rule.running.batcher
-        size = manifest.preprocessing.size
-        try:
-            async with asyncio.timeout(rule.timeout_s):  # who waits for a thread in vain is never decoded
-                image = await self.in_worker(
-                    "decode",
-                    lambda: self.decode(data, size=size, max_pixels=self.max_pixels, preview_side=preview_side),
-                )
-        except asyncio.CancelledError:
-            self.metrics.dropped.labels(reason="client_gone").inc()
-            raise
-        except TimeoutError:
-            self.metrics.dropped.labels(reason="deadline").inc()
-            raise DeadlineExceeded(f"not decoded within {rule.timeout_s:g} s: allow more time, or try again") from None
-        left_s = rule.timeout_s - (time.monotonic() - started)
-        result = await batcher.submit(image.pixels, timeout_s=left_s, background=rule.background)
-        self.took("queue", result.queue_s)
-        self.took("forward", result.forward_s)
-        self.metrics.batch_size.observe(result.batch_size)
-        judgement = judge(result.logits, manifest, rule.operating_point, coverage=rule.coverage)
-        self.metrics.predictions.labels(label=judgement.label, version=manifest.version).inc()
-        self.metrics.referred.labels(version=manifest.version).inc(judgement.refer)
-        await self._record(request, data, judgement, manifest)
-        return Answer(image, result, judgement)
-
-    async def _record(self, request: Request, data: bytes, judgement: Judgement, manifest: Manifest) -> None:
-        """No answer is given without its record in the audit log, where there is one."""
-        audit = self.audit
-        if audit is None:
-            return
-        entry = {
-            "request_id": request.scope["request_id"],
-            "key": request.scope.get("key_name"),
-            "route": request.scope["route"].path,
-            "model": manifest.name,
-            "version": manifest.version,
-            "label": judgement.label,
-            "probabilities": judgement.probabilities,
-            "operating_point": judgement.operating_point,
-            "positive": judgement.positive,
-            "refer": judgement.refer,
-        }
-        # Not among the workers that decode: it waits for the disk
-        number = await to_thread.run_sync(lambda: audit.append(data, **entry))
-        logs.note(audit_number=number)
-
-    async def unready(self) -> str | None:
-        """Why no work is taken now; None where it is."""
-        batcher = self.served.now.batcher
-        if not batcher.accepting:
-            return batcher.failure or "the server is starting or stopping"
-        if self.audit is not None and not await to_thread.run_sync(self.audit.ready):
-            return "the audit log cannot be written"
-        return None
 
 
 def body(schema: dict[str, Any]) -> dict[str, Any]:

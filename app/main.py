@@ -18,7 +18,7 @@ from fastapi.responses import RedirectResponse
 from fastapi.staticfiles import StaticFiles
 
 from app import oip
-from app.api import Service, build_router
+from app.api import build_router
 from app.audit import AuditLog, Secret
 from app.batcher import MicroBatcher
 from app.engines.base import DeviceLost, Engine, build_decoder, build_engine, warm_up
@@ -33,6 +33,7 @@ from app.model.preprocess import decode
 from app.schemas import ModelInfo
 from app.security import PAGE_POLICY, KeyRing
 from app.served import Running, Served, VersionMissing, VersionRefused
+from app.service import Service
 from app.settings import Settings
 from app.watchdog import watch
 

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, WithJsonSchema
 
 from app import logs
-from app.api import IMAGE, PROBLEMS, REFUSALS, Answer, Rule, Service
+from app.api import IMAGE, PROBLEMS, REFUSALS
 from app.model.labels import NOTICE, OFF, check_choices
 from app.model.manifest import Identifier
 from app.model.preprocess import ImageError
 from app.security import KeyRing, guard
 from app.served import Running, VersionMissing
+from app.service import Answer, Rule, Service
 from app.tensors import (
     DATATYPES,
     InferParameters,

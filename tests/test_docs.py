@@ -3,7 +3,7 @@
 import pytest
 from fastapi.testclient import TestClient
 
-from app.cli import _parser
+from app.cli import build_parser
 from app.metrics import Metrics
 from app.settings import Settings
 from tests.conftest import ROOT
@@ -34,7 +34,7 @@ def test_every_route_is_in_the_readme(client: TestClient) -> None:
 def test_every_command_is_in_the_readme() -> None:
     for command in ("serve", "predict", "explain", "models", "keys", "audit"):
         assert f"dermlens {command}" in README
-        assert command in _parser().format_help()
+        assert command in build_parser().format_help()
 
 
 def test_decisions_stay_short() -> None:

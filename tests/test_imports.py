@@ -36,6 +36,7 @@ def loaded_by(module: str) -> set[str]:
         ("app.engines.torch_engine", {*WEB, "captum", "training"}),
         ("app.api", {"torch", "app.settings", "app.model.store", "training"}),
         ("app.oip", {"torch", "app.settings", "app.model.store", "training"}),
+        ("app.service", {"torch", "app.settings", "app.model.store", "training"}),
         ("app.main", {"torch", "openvino", "training"}),
         ("app.cli", {"torch", "openvino", "training"}),
     ],

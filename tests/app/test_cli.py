@@ -195,7 +195,7 @@ def test_serve_fails_with_one_line_that_says_what_to_do(
 
 def test_serve_hands_the_app_and_the_options_to_uvicorn(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[uvicorn.Config] = []
-    monkeypatch.setattr("app.cli._Server.run", lambda server: seen.append(server.config))
+    monkeypatch.setattr("app.cli.serve._Server.run", lambda server: seen.append(server.config))
     monkeypatch.setattr("app.logs.configure", lambda *_: None)
     monkeypatch.setattr("os._exit", sys.exit)
     assert run("serve", "--host", "0.0.0.0", "--port", "9001") == 0  # noqa: S104 - a value, nothing listens
