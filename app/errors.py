@@ -71,9 +71,8 @@ def problem_of(error: Exception, request_id: str) -> Problem:
 def report(error: Exception, request_id: str, metrics: Metrics) -> Problem:
     """The problem of an error, counted by its kind, and logged with its traceback where it is ours."""
     problem = problem_of(error, request_id)
-    reason = problem.type.rsplit(":", 1)[1]
-    metrics.rejected.labels(reason=reason).inc()
-    logs.note(problem=reason)
+    metrics.rejected.labels(reason=problem.slug).inc()
+    logs.note(problem=problem.slug)
     if problem.status == INTERNAL.status:
         LOG.error("the request failed", exc_info=error)
     return problem

@@ -8,7 +8,7 @@ from functools import partial
 from hashlib import sha256
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
@@ -21,6 +21,7 @@ from app import oip
 from app.api import build_router
 from app.audit import AuditLog, Secret
 from app.batcher import MicroBatcher
+from app.busy import Busy
 from app.engines.base import DeviceLost, Engine, build_decoder, build_engine, warm_up
 from app.errors import install
 from app.isolation import DecodeProcesses
@@ -92,7 +93,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
     processes = open_decode_processes(settings)
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         served.open()
         following = asyncio.create_task(
             served.follow(
@@ -100,7 +101,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
             )
         )
         stop_watch = watch(served, asyncio.get_running_loop(), limit_s=settings.stuck_ms / 1000, on_failure=on_failure)
-        yield
+        yield {"busy": Busy(served, metrics, timeout_ms=settings.timeout_ms)}  # for `app.protocol`
         following.cancel()
         await served.close()
         stop_watch()

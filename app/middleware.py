@@ -21,6 +21,12 @@ def new_request_id() -> str:
     return "".join(CROCKFORD[value >> shift & 31] for shift in range(125, -1, -5))
 
 
+def request_id_of(scope: Scope) -> str:
+    """The id that the client offered, where it is a plain one, else a new one."""
+    offered = Headers(scope=scope).get("x-request-id", "")
+    return offered if REQUEST_ID.fullmatch(offered) else new_request_id()
+
+
 class RequestContext:
     """Pure ASGI, so that bodies stream through untouched."""
 
@@ -32,8 +38,7 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        offered = Headers(scope=scope).get("x-request-id", "")
-        scope["request_id"] = request_id = offered if REQUEST_ID.fullmatch(offered) else new_request_id()
+        scope["request_id"] = request_id = request_id_of(scope)
         logs.begin(request_id)
         started = time.perf_counter()
         status = 500

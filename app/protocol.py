@@ -1,14 +1,18 @@
 """uvicorn's HTTP/1.1 protocol, with limits on what a client may send, withhold or leave unread."""
 
 from asyncio import TimerHandle, Transport
+from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
+from starlette.types import Scope
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from app.busy import Busy
 from app.middleware import new_request_id
 from app.schemas import Problem
+from app.security import HEADERS
 
 
 class Refused(Exception):
@@ -120,7 +124,17 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        busy: Busy | None = self.app_state.get("busy")  # from the app's lifespan
+        refusal = busy(cast(Scope, cycle.scope)) if busy else None
+        if refusal is None:
+            super()._start_asgi_task(cycle, app)
+            return
+        cycle.response_started = cycle.response_complete = True
+        headers = {**HEADERS, "Retry-After": str(refusal.retry_after_s)}
+        self.transport.write(self._answer(refusal.problem, headers, keep_alive=cycle.keep_alive))
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -170,20 +184,25 @@ class GuardedProtocol(HttpToolsProtocol):
         self._wait_for_client()
 
     def _problem(self, status: HTTPStatus) -> bytes:
-        request_id = new_request_id()
-        body = Problem(
+        problem = Problem(
             type=f"urn:dermlens:problem:http-{status}",
             title=status.phrase,
             status=status,
             detail=status.description or status.phrase,
-            request_id=request_id,
-        ).model_dump_json()
-        headers = [
-            *self.server_state.default_headers,
-            (b"content-type", b"application/problem+json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-            (b"x-request-id", request_id.encode()),
-        ]
-        lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
-        return STATUS_LINE[status] + lines + b"\r\n" + body.encode()
+            request_id=new_request_id(),
+        )
+        return self._answer(problem, {}, keep_alive=False)
+
+    def _answer(self, problem: Problem, headers: Mapping[str, str], *, keep_alive: bool) -> bytes:
+        """A whole response."""
+        body = problem.model_dump_json().encode()
+        ours = {
+            "Content-Type": "application/problem+json",
+            "Content-Length": str(len(body)),
+            "X-Request-ID": problem.request_id,
+            **headers,
+            **({} if keep_alive else {"Connection": "close"}),
+        }
+        lines = b"".join(name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers)
+        lines += "".join(f"{name.lower()}: {value}\r\n" for name, value in ours.items()).encode("latin-1")
+        return STATUS_LINE[problem.status] + lines + b"\r\n" + body

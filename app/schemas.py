@@ -57,6 +57,11 @@ class Problem(BaseModel):
     detail: str
     request_id: str
 
+    @property
+    def slug(self) -> str:
+        """The last part of the type, a metric's label."""
+        return self.type.rsplit(":", 1)[1]
+
 
 class BatchItem(BaseModel):
     """One file's outcome: a prediction or a problem, never both."""

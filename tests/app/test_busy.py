@@ -80,3 +80,67 @@ def test_a_batch_that_has_no_room_is_refused_as_a_whole(busy: tuple[str, int, He
     answer = httpx2.post(f"{url}/predict/batch", files=two)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert httpx2.post(f"{url}/predict/batch", files=two[:1]).status_code == 200
+
+
+@pytest.fixture
+def full(busy: tuple[str, int, Held], lesion: bytes) -> Iterator[tuple[str, int]]:
+    """The server while its one place is taken."""
+    url, port, held = busy
+    held.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(httpx2.post, f"{url}/predict", content=lesion, headers=JPEG, timeout=20)
+        assert held.began.wait(10)
+        yield url, port
+        held.gate.set()
+        assert first.result().status_code == 200
+
+
+def counted(url: str, sample: str) -> float:
+    lines = httpx2.get(f"{url}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"{sample} "))
+
+
+def test_who_is_refused_before_the_app_hears_what_the_app_would_say(full: tuple[str, int], lesion: bytes) -> None:
+    url, _ = full
+    headers = JPEG | {"X-Request-ID": "mine-1"}
+    early = httpx2.post(f"{url}/explain", content=lesion, headers=headers)
+    # A page of elsewhere gets its answer from the app, through CORS
+    late = httpx2.post(f"{url}/explain", content=lesion, headers=headers | {"Origin": "https://x.test"})
+    assert early.json() == late.json()
+    assert early.json()["request_id"] == "mine-1"
+    assert (early.status_code, late.status_code) == (503, 503)
+    differ = {"date", "content-length"}
+    assert {k: v for k, v in early.headers.items() if k not in differ} == {
+        k: v for k, v in late.headers.items() if k not in differ
+    }
+    assert counted(url, 'dermlens_requests_total{route="/explain",status="503"}') == 2
+    assert counted(url, 'dermlens_rejected_total{reason="queue-full"}') == 2
+    assert counted(url, 'dermlens_request_seconds_count{route="/explain"}') == 2
+
+
+def test_a_mistake_is_still_named_by_a_full_server(full: tuple[str, int], lesion: bytes) -> None:
+    url, _ = full
+    assert httpx2.post(f"{url}/predict", content=lesion, headers=JPEG | {"X-Timeout-Ms": "soon"}).status_code == 422
+    assert httpx2.get(f"{url}/predict").status_code == 405
+    assert httpx2.get(f"{url}/livez").status_code == 200
+
+
+def test_a_refused_connection_goes_on_to_its_next_request(full: tuple[str, int]) -> None:
+    _, port = full
+    post = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\ncontent-length: 3\r\n\r\nabc"
+    get = b"GET /livez HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.settimeout(10)
+        sock.sendall(post + post + get)
+        answers = b"".join(iter(lambda: sock.recv(65_536), b"")).decode()
+    assert [part[:3] for part in answers.split("HTTP/1.1 ")[1:]] == ["503", "503", "200"]
+
+
+def test_a_refused_request_that_ends_its_connection_ends_it(full: tuple[str, int]) -> None:
+    _, port = full
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.settimeout(10)
+        sock.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        answer = b"".join(iter(lambda: sock.recv(65_536), b"")).decode().lower()
+    assert answer.startswith("http/1.1 503")
+    assert "connection: close" in answer
