@@ -57,8 +57,11 @@ def open_model(settings: Settings, version: str | None = None) -> OpenModel:
         EngineUnavailable: the device that was asked for is not there.
         ValueError: the version has no such operating point or coverage, or its weights do not fit.
     """
-    root, name = settings.model_store, settings.model_name
-    loaded = store.load(root, name, version or current(settings)[0])
+    return open_loaded(settings, store.load(settings.model_store, settings.model_name, version or current(settings)[0]))
+
+
+def open_loaded(settings: Settings, loaded: store.LoadedVersion) -> OpenModel:
+    """As `open_model`, of a version that has been read."""
     manifest = loaded.manifest
     # A default that a version can make nothing of does no harm; one that it has under other names is a mistake
     check_choices(

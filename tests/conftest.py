@@ -23,7 +23,16 @@ from app.engines.base import Output
 from app.main import create_app
 from app.model import store
 from app.model.architecture import IMAGENET_MEAN, IMAGENET_STD, LesionNet
-from app.model.manifest import Abstention, Architecture, Gate, Manifest, OperatingPoint, Preprocessing, Split
+from app.model.manifest import (
+    SCHEMA_VERSION,
+    Abstention,
+    Architecture,
+    Gate,
+    Manifest,
+    OperatingPoint,
+    Preprocessing,
+    Split,
+)
 from app.model.overlay import Method
 from app.model.store import LoadedVersion
 from app.protocol import GuardedProtocol
@@ -69,7 +78,7 @@ def lesion() -> bytes:
 
 def make_manifest(version: str = "1", **changes: Any) -> Manifest:
     fields: dict[str, Any] = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "name": NAME,
         "version": version,
         "created": datetime(2026, 1, 1, tzinfo=UTC),

@@ -16,7 +16,15 @@ import safetensors.numpy
 
 from app.model import store
 from app.model.architecture import IMAGENET_MEAN, IMAGENET_STD
-from app.model.manifest import Abstention, Architecture, Manifest, OperatingPoint, Preprocessing, Split
+from app.model.manifest import (
+    SCHEMA_VERSION,
+    Abstention,
+    Architecture,
+    Manifest,
+    OperatingPoint,
+    Preprocessing,
+    Split,
+)
 from training.calibrate import COVERAGES, Calibration, Judged, cross_fitted, fit, judge
 from training.data import load_dataset
 from training.evaluate import print_metrics
@@ -68,7 +76,7 @@ def export(
     judged = cross_fitted(home.labels, home.logits, folds=home.folds)
     abroad_judged = judge(abroad.logits, fitted)
     manifest = Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         name=name,
         version=version,
         created=datetime.now(UTC).replace(microsecond=0),

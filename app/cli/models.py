@@ -2,9 +2,11 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
-from app.main import list_models
+from app.engines.base import warm_up
+from app.main import list_models, open_loaded
 from app.model import store
 from app.settings import Settings
 
@@ -22,6 +24,10 @@ def add(commands: Any) -> None:
         action = actions.add_parser(name, help=text)
         action.add_argument("version")
         action.set_defaults(run=run)
+    publish = actions.add_parser("publish", help="put a version that was made elsewhere into the store, once it runs")
+    publish.add_argument("folder", type=Path, metavar="FOLDER", help="the version's folder, as it was copied here")
+    publish.add_argument("--promote", action="store_true", help="and make it the current one")
+    publish.set_defaults(run=_publish)
     actions.add_parser("rollback", help="back to the version that was current before").set_defaults(run=_rollback)
     prune = actions.add_parser("prune", help="delete old versions; the current and the previous one stay")
     prune.add_argument("--keep", type=int, default=3, help="newest versions to keep (default 3)")
@@ -48,6 +54,28 @@ def _models(options: argparse.Namespace, settings: Settings) -> int:
 def _promote(options: argparse.Namespace, settings: Settings) -> int:
     store.promote(settings.model_store, settings.model_name, options.version)
     print(f"{settings.model_name} {options.version} is current")
+    return 0
+
+
+def _publish(options: argparse.Namespace, settings: Settings) -> int:
+    root = settings.model_store
+    sys.stderr.write(f"reading {options.folder} and checking every file against its hash\n")
+    package = store.unpack(options.folder)
+    manifest, megabytes = package.version.manifest, sum(map(len, package.files.values())) / 1e6
+    title = f"{manifest.name} {manifest.version}"
+    if manifest.name != settings.model_name:
+        raise ValueError(
+            f"{options.folder} is {title}, and no {settings.model_name}: set DERMLENS_MODEL_NAME={manifest.name} for it"
+        )
+    if manifest.version in store.versions(root, manifest.name):  # `adopt` refuses it too, after seconds of work
+        raise store.VersionExists(f"{title} is in {root.resolve()} already, and published versions never change")
+    sys.stderr.write(f"running {title} once: {len(manifest.files)} files are as they were published\n")
+    warm_up(open_loaded(settings, package.version).engine, size=manifest.preprocessing.size, max_batch=1)
+    sys.stderr.write(f"writing {megabytes:.1f} MB\n")
+    folder = store.adopt(root, package)
+    if options.promote:
+        store.promote(root, manifest.name, manifest.version)
+    print(f"published {folder}, {'and is current' if options.promote else 'but is not current: see models promote'}")
     return 0
 
 

@@ -1,9 +1,12 @@
-"""What a published version says of itself: `manifest.json`, schema version 1."""
+"""What a published version says of itself: `manifest.json`, and how one of an older schema is read."""
 
+from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+SCHEMA_VERSION: Final = 2  # 1: without abilities; docs/upgrading.md lists what each brought
 
 Gate = Literal["channel_softmax", "branch_softmax"]
 StrideVariant = Literal["v1", "v1.5"]
@@ -12,6 +15,10 @@ Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._
 Triple = tuple[float, float, float]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Coverage = Annotated[str, StringConstraints(pattern=r"^0\.[0-9]{2}$")]
+
+
+class NewerSchema(Exception):
+    """A manifest that a newer dermlens published."""
 
 
 class Part(BaseModel):
@@ -88,7 +95,7 @@ class FileRecord(Part):
 class Manifest(Part):
     """The whole of `manifest.json`; docs/architecture.md describes each field."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     name: Identifier
     version: Identifier
     created: datetime
@@ -108,6 +115,11 @@ class Manifest(Part):
     licence: str
     files: dict[str, FileRecord]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_this_schema(cls, raw: Any) -> Any:
+        return migrate(raw) if isinstance(raw, dict) else raw
+
     @model_validator(mode="after")
     def _two_classes_decide(self) -> "Manifest":
         if len(self.classes) == 2 and "balanced" not in self.operating_points:
@@ -120,3 +132,29 @@ class Manifest(Part):
             if set(rule.quantiles) != set(self.classes):
                 raise ValueError(f"abstention {coverage}: the quantiles are not those of {', '.join(self.classes)}")
         return self
+
+
+def migrate(raw: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a manifest as this program writes them; older ones are brought up a schema at a time.
+
+    Raises:
+        NewerSchema.
+    """
+    schema = raw.get("schema_version")
+    if type(schema) is not int:  # left to validation, as is an unknown one
+        return raw
+    if schema > SCHEMA_VERSION:
+        raise NewerSchema(
+            f"schema {schema} is newer than {SCHEMA_VERSION}, the last that this program reads: upgrade dermlens"
+        )
+    while step := STEPS.get(raw["schema_version"]):
+        raw = step(raw)
+    return raw
+
+
+def _from_1(raw: dict[str, Any]) -> dict[str, Any]:
+    """Schema 2 may name abilities that a version of schema 1 has not; each of those fields is None by default."""
+    return raw | {"schema_version": 2}
+
+
+STEPS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}  # schema -> to the next one

@@ -1,4 +1,4 @@
-"""The model store: publish, verify, load, promote, roll back and prune versions. Nothing is unpickled.
+"""The model store: publish, adopt, verify, load, promote, roll back and prune versions. Nothing is unpickled.
 
 model_store/<name>/current            the served version
 model_store/<name>/previous           lines `VERSION REPLACED`: where `rollback` goes when VERSION is current
@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from app.model.manifest import FileRecord, Identifier, Manifest
+from app.model.manifest import FileRecord, Identifier, Manifest, NewerSchema
 
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest.json.sha256"
 WEIGHTS = "weights.safetensors"
 INT8 = ("openvino/int8.xml", "openvino/int8.bin")  # graph and its weights, where the version carries them
+PAGES = ("*.md", "report/*.html", "report/*.png")  # rendered from the rest, so in no manifest (decision 004)
 CURRENT, PREVIOUS = "current", "previous"  # files beside the versions, so no version has these names
 IDENTIFIER = TypeAdapter(Identifier)
 
@@ -63,6 +64,15 @@ class LoadedVersion:
     manifest: Manifest
     weights: dict[str, NDArray[np.generic]]  # as stored: float16 matrices, float32 vectors
     int8: Int8Graph | None = None
+
+
+@dataclass(frozen=True)
+class Package:
+    """A version that was published elsewhere, in the very bytes that were verified."""
+
+    version: LoadedVersion
+    files: dict[str, bytes]  # under its path: what the manifest lists, and the pages that were rendered from it
+    manifest: bytes  # as it was published, of whichever schema
 
 
 def versions(root: Path, name: str) -> list[str]:
@@ -120,29 +130,44 @@ def read_manifest(root: Path, name: str, version: str) -> Manifest:
         VersionMissing, VersionDamaged.
     """
     folder = _folder(root, name, version)
+    try:
+        manifest, _ = _described(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        known = ", ".join(versions(root, name)) or "none"
+        raise VersionMissing(f"no version {version!r} of {name} in {root.resolve()}; there: {known}") from None
+    if (manifest.name, manifest.version) != (name, version):
+        raise VersionDamaged(
+            f"{folder / MANIFEST} describes {manifest.name} {manifest.version}: the folder was renamed or copied"
+        )
+    return manifest
+
+
+def _described(folder: Path) -> tuple[Manifest, bytes]:
+    """The checked manifest of the version in this folder, and the bytes that hold it.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is none. VersionDamaged.
+    """
     path, checksum = _inside(folder, MANIFEST), _inside(folder, CHECKSUM)
     try:
         data = path.read_bytes()
         published = checksum.read_bytes() if checksum.exists() else _checksum(data)  # older versions have none
         manifest = Manifest.model_validate_json(data)
     except (FileNotFoundError, NotADirectoryError):
-        known = ", ".join(versions(root, name)) or "none"
-        raise VersionMissing(f"no version {version!r} of {name} in {root.resolve()}; there: {known}") from None
+        raise
     except OSError as error:
         raise VersionDamaged(f"{folder} cannot be read: {error.strerror}") from None
+    except NewerSchema as error:
+        raise VersionDamaged(f"{path}: {error}") from None
     except ValidationError as error:
         raise VersionDamaged(f"{path}: {_first_problem(error)}") from None
-    if (manifest.name, manifest.version) != (name, version):
-        raise VersionDamaged(f"{path} describes {manifest.name} {manifest.version}: the folder was renamed or copied")
     if published != _checksum(data):
         raise VersionDamaged(f"{path} is not the published file ({CHECKSUM} differs): restore it, do not serve it")
-    return manifest
+    return manifest, data
 
 
 def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
-    if first["loc"] == ("schema_version",):
-        return "schema_version: this program reads 1 alone, use the dermlens that published this version"
     where = ".".join(str(part) for part in first["loc"]) or "restore it from where this version was published"
     return " ".join(f"{where}: {first['msg']}".split())  # one line, whatever the fields are called
 
@@ -166,13 +191,40 @@ def load(root: Path, name: str, version: str) -> LoadedVersion:
         VersionMissing, VersionDamaged.
     """
     manifest = read_manifest(root, name, version)
-    files = dict.fromkeys((WEIGHTS, *manifest.files))  # weights once, even where the manifest forgets them
-    contents = {file: _read_verified(_folder(root, name, version), file, manifest) for file in files}
+    return _assembled(manifest, _contents(_folder(root, name, version), manifest))
+
+
+def _contents(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+    """Every file that the manifest lists, verified; the weights once, even where it forgets them."""
+    return {file: _read_verified(folder, file, manifest) for file in dict.fromkeys((WEIGHTS, *manifest.files))}
+
+
+def _assembled(manifest: Manifest, contents: Mapping[str, bytes]) -> LoadedVersion:
     int8 = Int8Graph(*(contents[file] for file in INT8)) if set(INT8) <= set(contents) else None
     try:
         return LoadedVersion(manifest, safetensors.numpy.load(contents[WEIGHTS]), int8)
     except (SafetensorError, KeyError) as error:  # KeyError: a type that NumPy has not
-        raise VersionDamaged(f"{WEIGHTS} of {name} {version} is not a safetensors file: {error}") from None
+        name = f"{manifest.name} {manifest.version}"
+        raise VersionDamaged(f"{WEIGHTS} of {name} is not a safetensors file: {error}") from None
+
+
+def unpack(folder: Path) -> Package:
+    """Read and verify a version that lies outside of a store, for `adopt`; its folder may have any name.
+
+    Raises:
+        VersionMissing: the folder holds no version. VersionDamaged.
+    """
+    folder = folder.resolve()
+    try:
+        manifest, described = _described(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        raise VersionMissing(
+            f"{folder} holds no version, since it has no {MANIFEST}: give a version's folder"
+        ) from None
+    contents = _contents(folder, manifest)
+    found = (path.relative_to(folder).as_posix() for pattern in PAGES for path in sorted(folder.glob(pattern)))
+    pages = {file: _inside(folder, file).read_bytes() for file in found if file not in contents}
+    return Package(_assembled(manifest, contents), contents | pages, described)
 
 
 def _can_name(text: str) -> bool:
@@ -229,11 +281,23 @@ def publish(root: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
         VersionExists: the version is published already.
         StoreError: a name or path that no version can have.
     """
+    manifest = manifest.model_copy(update={"files": {path: _record(data) for path, data in files.items()}})
+    return _write(root, manifest, files, described=manifest.model_dump_json(indent=2).encode())
+
+
+def adopt(root: Path, package: Package) -> Path:
+    """Write a version that was published elsewhere whole or not at all; its manifest stays byte for byte.
+
+    Raises:
+        As `publish`.
+    """
+    return _write(root, package.version.manifest, package.files, described=package.manifest)
+
+
+def _write(root: Path, manifest: Manifest, files: Mapping[str, bytes], *, described: bytes) -> Path:
     final = _folder(root, manifest.name, manifest.version)
     final.parent.mkdir(parents=True, exist_ok=True)
     _sync_folder(root)
-    manifest = manifest.model_copy(update={"files": {path: _record(data) for path, data in files.items()}})
-    described = manifest.model_dump_json(indent=2).encode()
     with _alone(final.parent):
         if final.exists():
             raise VersionExists(f"{final} exists: published versions never change, publish the next number")

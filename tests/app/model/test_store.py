@@ -106,7 +106,7 @@ def edit(root: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"schema_version": 2, "surprise": 1}, "schema_version: this program reads 1 alone"),
+        ({"schema_version": 99, "surprise": 1}, "schema 99 is newer than "),
         ({"surprise": 1}, "surprise"),
         ({"temperature": 0}, "temperature"),
         ({"operating_points": {}}, "balanced"),
@@ -291,3 +291,34 @@ def test_a_model_that_is_not_there_is_missing_and_not_created(
     with pytest.raises(VersionMissing, match=f"no model {NAME}"):
         use(tmp_path, NAME, **arguments)
     assert not (tmp_path / NAME).exists()
+
+
+def test_a_version_made_elsewhere_is_adopted_byte_for_byte(small_store: Publish, tmp_path: Path) -> None:
+    made = small_store("1") / NAME / "1"
+    for page in ("MODEL_CARD.md", "report/report.html", "report/roc.png"):
+        (made / page).write_text(page)  # as `training.report` does after publishing
+    (made / "checkpoint.bin").write_bytes(b"no part of a version")
+    copied = made.rename(tmp_path / "copied from the training host")
+    package = store.unpack(copied)
+    folder = store.adopt(tmp_path / "store", package)
+    assert folder == tmp_path / "store" / NAME / "1"
+    assert np.array_equal(package.version.weights["w"], store.load(tmp_path / "store", NAME, "1").weights["w"])
+    (copied / "checkpoint.bin").unlink()
+    files = [path.relative_to(copied) for path in copied.rglob("*") if path.is_file()]
+    assert sorted(files) == sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    assert all((copied / file).read_bytes() == (folder / file).read_bytes() for file in files)
+    with pytest.raises(VersionExists, match="published versions never change"):
+        store.adopt(tmp_path / "store", package)
+
+
+def test_a_folder_without_a_version_is_no_package(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(VersionMissing, match=r"holds no version, since it has no manifest\.json"):
+            store.unpack(folder)
+
+
+def test_a_page_that_leads_out_of_its_folder_is_not_adopted(small_store: Publish) -> None:
+    made = small_store("1") / NAME / "1"
+    (made / "MODEL_CARD.md").symlink_to("/etc/hostname")
+    with pytest.raises(VersionDamaged, match="outside its folder"):
+        store.unpack(made)
