@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -36,8 +37,10 @@ from app.security import PAGE_POLICY, KeyRing
 from app.served import Running, Served, VersionMissing, VersionRefused
 from app.service import Service
 from app.settings import Settings
+from app.shadow import Shadow
 from app.watchdog import watch
 
+LOG = logging.getLogger(__name__)
 DESCRIPTION = f"""Benign or malignant? A calibrated probability for a dermoscopic image, and a picture of where the
 evidence lies. ASFF ResNet-50 after [arXiv 2510.03876](https://arxiv.org/abs/2510.03876).
 
@@ -92,12 +95,15 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
     served = Served(first[0], lambda version: start(settings, version, metrics), on_change=metrics.serves)
     metrics.watch_queue(lambda: served.now.batcher.depth)
     keys = KeyRing(settings.api_keys) if settings.api_keys else None
+    shadow = start_shadow(settings, metrics)
     audit = open_audit_log(settings)
     processes = open_decode_processes(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         served.open()
+        if shadow is not None:
+            shadow.open()
         following = asyncio.create_task(
             served.follow(
                 lambda: current(settings), first, every_s=settings.reload_ms / 1000, on_refusal=metrics.refused
@@ -107,6 +113,8 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
         yield {"busy": Busy(served, metrics, timeout_ms=settings.timeout_ms)}  # for `app.protocol`
         following.cancel()
         await served.close()
+        if shadow is not None:
+            await shadow.close()
         stop_watch()
         if audit is not None:
             audit.close()
@@ -130,6 +138,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
         metrics=metrics,
         list_models=lambda: list_models(settings.model_store, settings.model_name, served.now.manifest.version),
         promote=lambda version: promote(served, settings, version),
+        compare=shadow.compare if shadow else lambda *_: None,
         workers=CapacityLimiter(settings.decode_threads),
         operating_point=settings.operating_point,
         coverage=settings.coverage,
@@ -208,9 +217,8 @@ def open_decode_processes(settings: Settings) -> DecodeProcesses | None:
 
 def start(settings: Settings, version: str, metrics: Metrics) -> Running:
     """A version that is loaded, warm, and ready to take work; raises as `open_model` does."""
-    engine, manifest = open_model(settings, version)
-    max_batch = settings.max_batch or (8 if engine.device == "cpu" else 32)
-    warm_up(engine, size=manifest.preprocessing.size, max_batch=max_batch)
+    engine, manifest = model = open_model(settings, version)
+    max_batch = warm(settings, model)
     batcher = MicroBatcher(
         engine.run,
         max_batch=max_batch,
@@ -221,6 +229,33 @@ def start(settings: Settings, version: str, metrics: Metrics) -> Running:
         is_fatal=lambda error: isinstance(error, DeviceLost),
     )
     return Running(engine, manifest, batcher)
+
+
+def warm(settings: Settings, model: OpenModel) -> int:
+    """Run every batch size that the version will have to; returns the largest."""
+    max_batch = settings.max_batch or (8 if model.engine.device == "cpu" else 32)
+    warm_up(model.engine, size=model.manifest.preprocessing.size, max_batch=max_batch)
+    return max_batch
+
+
+def start_shadow(settings: Settings, metrics: Metrics) -> Shadow | None:
+    """The version to compare, loaded and warm, where the settings name one; what is wrong with it is only logged."""
+    if settings.shadow_version is None:
+        return None
+    try:
+        engine, manifest = model = open_model(settings, settings.shadow_version)
+        max_batch = warm(settings, model)
+    except Exception as error:  # of the store, of the engine's library: whatever it is, the served version serves
+        LOG.error("no shadow: version %s cannot be loaded: %s", settings.shadow_version, error)
+        return None
+    return Shadow(
+        engine,
+        manifest,
+        share=settings.shadow_share,
+        max_batch=max_batch,
+        timeout_s=settings.timeout_ms / 1000,
+        metrics=metrics,
+    )
 
 
 async def promote(served: Served, settings: Settings, version: str) -> str:

@@ -8,6 +8,7 @@ from app.served import Running
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+PROBABILITY_DIFFERENCES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1)
 
 
 class Metrics:
@@ -62,6 +63,31 @@ class Metrics:
             "dermlens_reloads",
             "Versions that were to be served, the first among them, by outcome: served, refused.",
             ["outcome"],
+            registry=registry,
+        )
+        self.shadow_pairs = Counter(
+            "dermlens_shadow_pairs",
+            "Answered images that the shadow version has scored too.",
+            ["version", "shadow"],
+            registry=registry,
+        )
+        self.shadow_disagreements = Counter(
+            "dermlens_shadow_disagreements",
+            "Those among them for which it gives another label than the answered one.",
+            ["version", "shadow", "label"],
+            registry=registry,
+        )
+        self.shadow_difference = Histogram(
+            "dermlens_shadow_probability_difference",
+            "How far apart the two versions' probabilities of an image are; the largest over its classes.",
+            ["version", "shadow"],
+            buckets=PROBABILITY_DIFFERENCES,
+            registry=registry,
+        )
+        self.shadow_dropped = Counter(
+            "dermlens_shadow_dropped",
+            "Images of the shadow's share that it did not score, by reason: busy, deadline, failed, incomparable.",
+            ["reason"],
             registry=registry,
         )
 

@@ -19,6 +19,7 @@ from app.model.manifest import Manifest
 from app.model.preprocess import DecodedImage
 from app.schemas import ModelInfo
 from app.served import Running, Served
+from app.shadow import Compare
 
 T = TypeVar("T")
 
@@ -63,6 +64,7 @@ class Service:
     metrics: Metrics
     list_models: Callable[[], list[ModelInfo]]
     promote: Callable[[str], Awaitable[str]]  # a version in place of the one whose name it gives
+    compare: Compare  # with the shadow version, where there is one
     workers: CapacityLimiter  # threads that decode and draw
     operating_point: str
     coverage: str
@@ -120,6 +122,7 @@ class Service:
         self.metrics.predictions.labels(label=judgement.label, version=manifest.version).inc()
         self.metrics.referred.labels(version=manifest.version).inc(judgement.refer)
         await self._record(request, data, judgement, manifest)
+        self.compare(image.pixels, judgement, rule.running)
         return Answer(image, result, judgement)
 
     async def _record(self, request: Request, data: bytes, judgement: Judgement, manifest: Manifest) -> None:

@@ -32,6 +32,10 @@ class Settings(BaseSettings):
     reload_ms: float = Field(
         2_000, ge=0, description="How often the store is looked at for another current version; 0 never."
     )
+    shadow_version: str | None = Field(
+        None, description="Version that scores what was answered too, to be compared in the metrics; none without it."
+    )
+    shadow_share: float = Field(1, ge=0, le=1, description="Share of the answered images that it scores.")
     api_keys: Path | None = Field(
         None, description="TOML file of API keys, made by `dermlens keys new`; without one everybody may call."
     )
