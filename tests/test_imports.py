@@ -27,6 +27,7 @@ def loaded_by(module: str) -> set[str]:
         ("app.model.preprocess", {*WEB, "torch", "app.engines", "training"}),
         ("app.model.overlay", {*WEB, "torch", "app.engines", "training"}),
         ("app.model.architecture", {*WEB, "app.engines", "training"}),
+        ("app.model.onnx_graph", {*WEB, "torch", "app.engines", "training"}),
         ("app.decode_worker", {*WEB, "torch", "pydantic", "app.engines", "training"}),
         ("app.isolation", {*WEB, "torch", "app.engines", "training"}),
         ("app.batcher", {*WEB, "torch", "PIL", "pydantic", "app.model", "training"}),
@@ -36,9 +37,10 @@ def loaded_by(module: str) -> set[str]:
         ("app.engines.torch_engine", {*WEB, "captum", "training"}),
         ("app.api", {"torch", "app.settings", "app.model.store", "training"}),
         ("app.oip", {"torch", "app.settings", "app.model.store", "training"}),
+        ("app.shadow", {"torch", "app.settings", "app.model.store", "training"}),
         ("app.service", {"torch", "app.settings", "app.model.store", "training"}),
         ("app.main", {"torch", "openvino", "training"}),
-        ("app.cli", {"torch", "openvino", "training"}),
+        ("app.cli", {"torch", "openvino", "onnx", "training"}),
     ],
 )
 def test_a_module_does_not_pull_in_what_it_must_not(module: str, never: set[str]) -> None:
