@@ -156,7 +156,7 @@ def _described(folder: Path) -> tuple[Manifest, bytes]:
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
-        raise VersionDamaged(f"{folder} cannot be read: {error.strerror}") from None
+        raise VersionDamaged(f"{error.filename or path} cannot be read: {error.strerror}") from None
     except NewerSchema as error:
         raise VersionDamaged(f"{path}: {error}") from None
     except ValidationError as error:
