@@ -1,4 +1,4 @@
-"""The routes: /predict, /predict/batch, /explain, /models, /livez, /readyz, /metrics."""
+"""The routes: /predict, /predict/batch, /explain, /models with reports, /livez, /readyz, /metrics."""
 
 import asyncio
 import base64
@@ -18,15 +18,17 @@ from app.model.manifest import Identifier
 from app.model.overlay import Method, Overlay, Style, aim, render
 from app.model.preprocess import PREVIEW_SIDE
 from app.schemas import (
+    Asked,
     BatchItem,
     Explanation,
     Health,
+    Limits,
     Models,
     Prediction,
     Promoted,
     prediction_fields,
 )
-from app.security import KeyRing, guard
+from app.security import REPORT_POLICY, KeyRing, guard
 from app.service import Answer, Rule, Service
 from app.upload import read_image, read_images, while_connected
 
@@ -217,7 +219,28 @@ def build_router(service: Service, keys: KeyRing | None = None) -> APIRouter:  #
     async def models() -> Models:
         """The published versions, the served one, and their metrics."""
         listed = await to_thread.run_sync(service.list_models, limiter=service.workers)
-        return Models(name=service.served.now.manifest.name, versions=listed)
+        return Models(
+            name=service.served.now.manifest.name,
+            versions=listed,
+            defaults=Asked(operating_point=service.operating_point, coverage=service.coverage),
+            limits=Limits(bytes=service.max_upload_bytes, pixels=service.max_pixels),
+        )
+
+    @router.get(
+        "/models/{version}/report/{file}",
+        dependencies=may_predict,
+        responses=REFUSALS
+        | {status: PROBLEMS[status] for status in (404, 422)}
+        | {200: {"content": {"image/png": {"schema": IMAGE}, "text/html": {"schema": {"type": "string"}}}}},
+        response_class=Response,
+        tags=["model"],
+    )
+    async def report_file(version: Identifier, file: str) -> Response:
+        """A picture or page of a version's report; `/models` lists them."""
+        data = await to_thread.run_sync(service.read_report, version, file, limiter=service.workers)
+        if file.endswith(".png"):
+            return Response(data, media_type="image/png")
+        return Response(data, media_type="text/html", headers={"Content-Security-Policy": REPORT_POLICY})
 
     @router.post(
         "/models/{version}/promote",

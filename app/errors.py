@@ -19,7 +19,7 @@ from app.model.labels import UnknownChoice
 from app.model.preprocess import FormatNotServed, ImageTooLarge, ImageTooSmall, NotAnImage
 from app.schemas import Problem
 from app.security import HEADERS, Forbidden, RateLimited, Unauthorized
-from app.served import VersionMissing, VersionRefused
+from app.served import ReportMissing, VersionMissing, VersionRefused
 from app.upload import BodyTooLarge, BodyTooSlow, MalformedUpload, UnsupportedBody
 
 
@@ -48,6 +48,7 @@ KINDS: Mapping[type[Exception], Kind] = {
     ImageTooSmall: Kind(422, "image-too-small", "The image has too few pixels"),
     InvalidParameter: Kind(422, "invalid-parameter", "A parameter is not valid"),
     VersionMissing: Kind(404, "version-missing", "There is no such version"),
+    ReportMissing: Kind(404, "report-missing", "The report has no such file"),
     MethodUnavailable: Kind(422, "invalid-parameter", "A parameter is not valid"),
     VersionRefused: Kind(409, "version-refused", "The version cannot be served"),
     UnknownChoice: Kind(422, "invalid-parameter", "A parameter is not valid"),

@@ -15,7 +15,7 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import RedirectResponse
+from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 
 from app import oip
@@ -34,7 +34,7 @@ from app.model.manifest import Manifest
 from app.model.preprocess import decode
 from app.schemas import ModelInfo
 from app.security import PAGE_POLICY, KeyRing
-from app.served import Running, Served, VersionMissing, VersionRefused
+from app.served import ReportMissing, Running, Served, VersionMissing, VersionRefused
 from app.service import Service
 from app.settings import Settings
 from app.shadow import Shadow
@@ -137,6 +137,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
         audit=audit,
         metrics=metrics,
         list_models=lambda: list_models(settings.model_store, settings.model_name, served.now.manifest.version),
+        read_report=lambda version, file: read_report(settings.model_store, settings.model_name, version, file),
         promote=lambda version: promote(served, settings, version),
         compare=shadow.compare if shadow else lambda *_: None,
         workers=CapacityLimiter(settings.decode_threads),
@@ -153,6 +154,9 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
     app.include_router(oip.build_router(service, keys))
     if settings.docs:
         add_docs(app)
+    if settings.page:
+        add_page(app, docs=settings.docs)
+    elif settings.docs:
         app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
     install(app, metrics)
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
@@ -181,6 +185,17 @@ def add_docs(app: FastAPI) -> None:
     page.headers["Content-Security-Policy"] = PAGE_POLICY.replace("script-src", f"script-src 'sha256-{digest}'")
     app.mount("/docs/static", StaticFiles(packages=[("fastapi_offline", "static")]))
     app.add_api_route("/docs", lambda: page, include_in_schema=False)
+
+
+def add_page(app: FastAPI, *, docs: bool) -> None:
+    """The web page at /, its files under /web; without `docs` it does not point there."""
+    folder = Path(__file__).parent / "web"
+    index = (folder / "index.html").read_text()
+    if not docs:
+        index = index.replace('<p>The same over HTTP: <a href="docs">API</a>.</p>', "")
+    headers = {"Content-Security-Policy": f"{PAGE_POLICY}; require-trusted-types-for 'script'; trusted-types 'none'"}
+    app.mount("/web", StaticFiles(directory=folder))
+    app.add_api_route("/", lambda: HTMLResponse(index, headers=headers), include_in_schema=False)
 
 
 def open_audit_log(settings: Settings) -> AuditLog | None:
@@ -286,7 +301,16 @@ def list_models(root: Path, name: str, served: str | None) -> list[ModelInfo]:
     for version in store.versions(root, name):
         try:
             manifest = store.read_manifest(root, name, version).model_dump(mode="json")
-            listed.append(ModelInfo(version=version, served=version == served, manifest=manifest))
-        except store.StoreError as error:
+            report = store.report_files(root, name, version)
+            listed.append(ModelInfo(version=version, served=version == served, manifest=manifest, report=report))
+        except (OSError, store.StoreError) as error:
             listed.append(ModelInfo(version=version, served=version == served, problem=str(error)))
     return listed
+
+
+def read_report(root: Path, name: str, version: str, file: str) -> bytes:
+    """A picture or page of a version's report; raises ReportMissing."""
+    try:
+        return store.read_report(root, name, version, file)
+    except (OSError, store.StoreError) as error:
+        raise ReportMissing(str(error)) from error

@@ -93,12 +93,29 @@ class ModelInfo(BaseModel):
     version: str
     served: bool
     manifest: dict[str, Any] | None = None
+    report: list[str] = Field([], description="Files that `/models/{version}/report/{file}` gives.")
     problem: str | None = None
+
+
+class Asked(BaseModel):
+    """What holds for a request that says nothing else."""
+
+    operating_point: str
+    coverage: str
+
+
+class Limits(BaseModel):
+    """What an image may have at most."""
+
+    bytes: int
+    pixels: int = Field(description="Width × height.")
 
 
 class Models(BaseModel):
     name: str
     versions: list[ModelInfo]
+    defaults: Asked
+    limits: Limits
 
 
 class Promoted(BaseModel):

@@ -43,6 +43,11 @@ PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )  # of a page of ours, in place of the Content-Security-Policy above
 
+REPORT_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)  # of a version's report, one file with its style inside, which runs nothing
+
 LOG = logging.getLogger(__name__)
 BEARER = HTTPBearer(auto_error=False, description="A key made by `dermlens keys new`.")
 LOOK_EVERY_S = 1

@@ -24,6 +24,10 @@ class VersionMissing(Exception):
     """There is no such version."""
 
 
+class ReportMissing(Exception):
+    """The report of a version has no such file."""
+
+
 @dataclass(eq=False)
 class Running:
     """One version, loaded and warm."""

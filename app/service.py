@@ -63,6 +63,7 @@ class Service:
     audit: AuditLog | None
     metrics: Metrics
     list_models: Callable[[], list[ModelInfo]]
+    read_report: Callable[[str, str], bytes]  # of a version, by its name
     promote: Callable[[str], Awaitable[str]]  # a version in place of the one whose name it gives
     compare: Compare  # with the shadow version, where there is one
     workers: CapacityLimiter  # threads that decode and draw

@@ -41,6 +41,7 @@ class Settings(BaseSettings):
     )
     cors_origins: str = Field("", description="Origins whose pages may call, with commas between; none by default.")
     docs: bool = Field(True, description="Whether /docs and /openapi.json are served.")
+    page: bool = Field(True, description="Whether the web page is served, at /.")
     operating_point: str = Field("balanced", description="Operating point for decisions, from the manifest.")
     coverage: Literal["off", "0.90", "0.95"] = Field(
         "0.95", description="Coverage of the abstention rule, where the version has one; `off` never refers."

@@ -12,6 +12,7 @@ The process may be killed or the power cut at any step: a name is given by renam
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -34,6 +35,8 @@ INT8 = ("openvino/int8.xml", "openvino/int8.bin")  # graph and its weights, wher
 PAGES = ("*.md", "report/*.html", "report/*.png")  # rendered from the rest, so in no manifest (decision 004)
 CURRENT, PREVIOUS = "current", "previous"  # files beside the versions, so no version has these names
 IDENTIFIER = TypeAdapter(Identifier)
+REPORT = "report"  # its pictures and pages are rendered after publishing, so no manifest lists them
+REPORT_FILE = re.compile(r"[A-Za-z0-9_-]+\.(png|html)")
 
 
 class StoreError(Exception):
@@ -46,6 +49,10 @@ class VersionMissing(StoreError):
 
 class VersionDamaged(StoreError):
     """A file is missing, unreadable, or not the one that was published."""
+
+
+class ReportMissing(StoreError):
+    """The report of a version has no such picture or page."""
 
 
 class VersionExists(StoreError):
@@ -170,6 +177,29 @@ def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "restore it from where this version was published"
     return " ".join(f"{where}: {first['msg']}".split())  # one line, whatever the fields are called
+
+
+def report_files(root: Path, name: str, version: str) -> list[str]:
+    """Names of the PNG and HTML files of a version's report, what is below a folder or behind a link left out.
+
+    Raises:
+        VersionMissing: no version can have this name.
+    """
+    folder = _folder(root, name, version) / REPORT
+    files = folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ()
+    return sorted(f.name for f in files if REPORT_FILE.fullmatch(f.name) and f.is_file() and not f.is_symlink())
+
+
+def read_report(root: Path, name: str, version: str, file: str) -> bytes:
+    """One of `report_files`.
+
+    Raises:
+        VersionMissing, ReportMissing.
+    """
+    known = report_files(root, name, version)
+    if file not in known:
+        raise ReportMissing(f"the report of version {version} has {', '.join(known) or 'no file'}")
+    return (_folder(root, name, version) / REPORT / file).read_bytes()
 
 
 def verify(root: Path, name: str, version: str) -> Manifest:

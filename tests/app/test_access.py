@@ -18,11 +18,12 @@ ROUTES = [
     ("POST", "/predict/batch"),
     ("POST", "/explain"),
     ("GET", "/models"),
+    ("GET", "/models/1/report/roc.png"),
     ("GET", "/metrics"),
     ("GET", "/v2"),
     ("POST", "/v2/models/asff-resnet50/infer"),
 ]
-OPEN = ["/livez", "/readyz", "/openapi.json", "/docs"]
+OPEN = ["/livez", "/readyz", "/openapi.json", "/docs", "/", "/web/app.js"]
 
 
 Keys = dict[str, dict[str, str]]  # scope -> header
@@ -70,6 +71,29 @@ def test_an_admin_promotes_and_the_store_says_so(
     assert store.current(quick_store, NAME) == "2"
     assert client.post("/predict", content=lesion, headers=JPEG | keys["predict"]).json()["model"]["version"] == "2"
     assert store.rollback(quick_store, NAME) == "1"
+
+
+def test_a_report_is_read_with_the_key_of_a_prediction(guarded: tuple[TestClient, Keys], quick_store: Path) -> None:
+    client, keys = guarded
+    report = quick_store / NAME / "1" / "report"
+    (report / "roc.png").write_bytes(b"png")
+    (report / "report.html").write_bytes(b"<p>html")
+    route = "/models/1/report"
+    assert client.get("/models", headers=keys["predict"]).json()["versions"][0]["report"] == ["report.html", "roc.png"]
+    assert client.get(f"{route}/roc.png", headers=keys["admin"]).status_code == 403
+    picture = client.get(f"{route}/roc.png", headers=keys["predict"])
+    assert (picture.content, picture.headers["content-type"]) == (b"png", "image/png")
+    assert picture.headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
+    page = client.get(f"{route}/report.html", headers=keys["predict"])
+    assert (page.text, page.headers["content-type"]) == ("<p>html", "text/html; charset=utf-8")
+    policy = page.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; style-src")
+    assert "script" not in policy
+    for file in ("a.txt", "..%2fmanifest.json", "%2e%2e%2fmanifest.json", "..", "none.png", "%00.png"):
+        answer = client.get(f"{route}/{file}", headers=keys["predict"])
+        assert (answer.status_code, answer.headers["content-type"]) == (404, "application/problem+json"), file
+    assert client.get("/models/9/report/roc.png", headers=keys["predict"]).status_code == 404
+    assert client.get("/models/..%2f1/report/roc.png", headers=keys["predict"]).status_code == 404
 
 
 def test_what_cannot_be_promoted_is_told_and_changes_nothing(
@@ -121,7 +145,7 @@ def test_without_keys_all_is_open_but_what_changes_the_server(quick_store: Path,
 
 def test_every_answer_carries_the_security_headers(guarded: tuple[TestClient, Keys]) -> None:
     client, _ = guarded
-    for route in ("/livez", "/predict", "/nowhere", "/docs"):
+    for route in ("/livez", "/predict", "/nowhere", "/docs", "/", "/web/app.js"):
         headers = client.get(route).headers
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["x-frame-options"] == "DENY"
@@ -140,6 +164,22 @@ def test_the_description_can_be_switched_off(quick_store: Path) -> None:
     with TestClient(create_app(Settings(model_store=quick_store, docs=False))) as client:
         assert [client.get(route).status_code for route in ("/docs", "/openapi.json", "/redoc")] == [404] * 3
         assert client.get("/livez").status_code == 200
+        assert 'href="docs"' not in client.get("/").text
+
+
+def test_the_web_page_can_be_switched_off_and_then_the_docs_are_the_first_page(quick_store: Path) -> None:
+    with TestClient(create_app(Settings(model_store=quick_store))) as client:
+        page = client.get("/")
+        assert 'href="docs"' in page.text
+        assert "unsafe" not in page.headers["content-security-policy"]
+        for path in re.findall(r'(?:src|href)="(web/[^"]+)"', page.text):
+            assert client.get(path).status_code == 200
+        assert client.get("/web/..%2fmain.py").status_code == 404
+    with TestClient(create_app(Settings(model_store=quick_store, page=False))) as client:
+        assert client.get("/", follow_redirects=False).headers["location"] == "/docs"
+        assert client.get("/web/app.js").status_code == 404
+    with TestClient(create_app(Settings(model_store=quick_store, page=False, docs=False))) as client:
+        assert client.get("/").status_code == 404
 
 
 def test_other_sites_may_call_only_where_they_are_named(quick_store: Path) -> None:

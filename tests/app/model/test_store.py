@@ -47,6 +47,33 @@ def test_a_file_may_lie_in_a_folder_of_a_folder(small_store: Publish) -> None:
     assert (root / NAME / "2" / "report/plots/roc.svg").read_bytes() == b"<svg/>"
 
 
+def test_a_report_gives_its_pictures_and_pages_and_nothing_else(small_store: Publish) -> None:
+    root = small_store("1")
+    report = root / NAME / "1" / "report"
+    (report / "roc.png").write_bytes(b"png")  # rendered after publishing
+    (report / "report.html").write_bytes(b"html")
+    (report / "deeper").mkdir()
+    (report / "deeper" / "a.png").write_bytes(b"png")
+    (report / "link.png").symlink_to(root / NAME / "1" / store.WEIGHTS)
+    assert store.report_files(root, NAME, "1") == ["report.html", "roc.png"]
+    assert store.read_report(root, NAME, "1", "roc.png") == b"png"
+    for file in ("a.txt", "link.png", "deeper/a.png", "../manifest.json", "../report/roc.png", "roc.png\n", "", "."):
+        with pytest.raises(store.ReportMissing, match=r"has report\.html, roc\.png"):
+            store.read_report(root, NAME, "1", file)
+    for version in ("9", "..", ".", "1/report"):
+        with pytest.raises(store.StoreError):
+            store.read_report(root, NAME, version, "roc.png")
+
+
+def test_a_report_that_is_a_link_is_none(small_store: Publish, tmp_path: Path) -> None:
+    root = small_store("1")
+    elsewhere = tmp_path / "elsewhere"
+    (root / NAME / "1" / "report").rename(elsewhere)
+    (elsewhere / "a.png").write_bytes(b"png")
+    (root / NAME / "1" / "report").symlink_to(elsewhere)
+    assert store.report_files(root, NAME, "1") == []
+
+
 @pytest.mark.parametrize("file", [store.WEIGHTS, "report/a.txt"])
 def test_a_changed_byte_is_refused(small_store: Publish, file: str) -> None:
     root = small_store("1")
