@@ -66,14 +66,18 @@ def open_model(settings: Settings, version: str | None = None) -> OpenModel:
 def open_loaded(settings: Settings, loaded: store.LoadedVersion) -> OpenModel:
     """As `open_model`, of a version that has been read."""
     manifest = loaded.manifest
-    # A default that a version can make nothing of does no harm; one that it has under other names is a mistake
-    check_choices(
-        manifest,
-        operating_point=settings.operating_point if manifest.operating_points else None,
-        coverage=settings.coverage if manifest.abstention else None,
-    )
+    check_choices(manifest, **defaults_for(manifest, settings))
     engine = build_engine(settings.engine, loaded, precision=settings.precision, threads=settings.cpu_threads)
     return OpenModel(engine, manifest)
+
+
+def defaults_for(manifest: Manifest, settings: Settings) -> dict[str, str | None]:
+    """The operating point and the coverage that a version has to have."""
+    # A default that a version can make nothing of does no harm; one that it has under other names is a mistake
+    return {
+        "operating_point": settings.operating_point if manifest.operating_points else None,
+        "coverage": settings.coverage if manifest.abstention else None,
+    }
 
 
 def current(settings: Settings) -> tuple[str, object]:
@@ -205,11 +209,19 @@ def open_audit_log(settings: Settings) -> AuditLog | None:
         ValueError: there is no secret for it.
         AuditLocked, AuditBroken, OSError.
     """
-    if settings.audit_log is None:
-        return None
+    return AuditLog(settings.audit_log, audit_secret(settings)) if settings.audit_log else None
+
+
+def audit_secret(settings: Settings) -> Secret:
+    """The secret of an audit log.
+
+    Raises:
+        ValueError: none was given, or it is too short.
+        OSError: it cannot be read.
+    """
     if settings.audit_key_file is None:
         raise ValueError("DERMLENS_AUDIT_LOG needs a secret: set DERMLENS_AUDIT_KEY_FILE")
-    return AuditLog(settings.audit_log, Secret(settings.audit_key_file.read_bytes()))
+    return Secret(settings.audit_key_file.read_bytes())
 
 
 def open_decode_processes(settings: Settings) -> DecodeProcesses | None:
@@ -221,13 +233,18 @@ def open_decode_processes(settings: Settings) -> DecodeProcesses | None:
     """
     if settings.decode_isolation == "thread":
         return None
-    if settings.decoder != "pillow":
-        raise ValueError("DERMLENS_DECODE_ISOLATION=process decodes with Pillow alone: set DERMLENS_DECODER=pillow")
+    check_decoder(settings)
     return DecodeProcesses(
         settings.decode_threads,
         timeout_s=settings.decode_timeout_ms / 1000,
         memory_bytes=settings.decode_memory_bytes,
     )
+
+
+def check_decoder(settings: Settings) -> None:
+    """Raise ValueError where the decoder cannot run in processes of its own and has to."""
+    if settings.decode_isolation == "process" and settings.decoder != "pillow":
+        raise ValueError("DERMLENS_DECODE_ISOLATION=process decodes with Pillow alone: set DERMLENS_DECODER=pillow")
 
 
 def start(settings: Settings, version: str, metrics: Metrics) -> Running:

@@ -1,5 +1,10 @@
-"""Every knob of the server: `DERMLENS_<NAME>` in the environment."""
+"""Every knob of the server: `DERMLENS_<NAME>` in the environment.
 
+python -m app.settings    # the table of docs/settings.md, written there by `make docs`
+"""
+
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -8,11 +13,14 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.engines.base import DecoderName, EngineName, Precision
 
+PREFIX = "DERMLENS_"
+ELSEWHERE = {"DERMLENS_DATA_DIR", "DERMLENS_PUBLISH", "DERMLENS_CPUS"}  # read by training and by docker-compose.yml
+
 
 class Settings(BaseSettings):
     """docs/settings.md lists these; tests/test_docs.py holds it to that."""
 
-    model_config = SettingsConfigDict(env_prefix="DERMLENS_", frozen=True, protected_namespaces=())
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, protected_namespaces=())
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port.")
@@ -77,3 +85,27 @@ class Settings(BaseSettings):
     )
     read_timeout_ms: int = Field(30_000, ge=1, description="Time for a whole request body before 408, milliseconds.")
     max_batch_files: int = Field(32, ge=1, description="Images in one request at most.")
+
+
+def variable(field: str) -> str:
+    """The environment variable of a setting."""
+    return PREFIX + field.upper()
+
+
+def unknown_variables(environment: Iterable[str]) -> list[str]:
+    """A warning for each name in an environment that looks like a setting and is none."""
+    known = [field.upper() for field in Settings.model_fields]
+    strange = sorted({n for n in environment if n.startswith(PREFIX)} - {PREFIX + name for name in known} - ELSEWHERE)
+    near = {name: difflib.get_close_matches(name.removeprefix(PREFIX), known, n=1) for name in strange}
+    return [f"{n} is no setting: {f'did you mean {PREFIX}{m[0]}?' if m else 'unset it'}" for n, m in near.items()]
+
+
+def table() -> str:
+    """Every setting as a row of Markdown."""
+    fields = Settings.model_fields.items()
+    rows = [f"| `{variable(name)}` | `{field.default}` | {field.description} |" for name, field in fields]
+    return "\n".join(["| variable | default | what it does |", "| --- | --- | --- |", *rows])
+
+
+if __name__ == "__main__":
+    print(table())

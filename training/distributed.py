@@ -1,7 +1,7 @@
 """One process or many: what `torchrun` sets, read once."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -37,3 +37,14 @@ def world() -> Iterator[World]:
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
     finally:
         dist.destroy_process_group()
+
+
+def same_everywhere(numbers: Sequence[int], world: World) -> bool:
+    """Whether every process gave the same numbers; all have to ask."""
+    if world.size == 1:
+        return True
+    least = torch.tensor(numbers, device=world.device)
+    most = least.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return bool((least == most).all())

@@ -1,7 +1,7 @@
 """Train ASFF ResNet-50 or its baseline; run the same command again to resume.
 
 python -m training.train --config training/configs/full.toml
-torchrun --nproc-per-node=2 -m training.train --config training/configs/full.toml
+torchrun --nproc-per-node=2 -m training.train --config training/configs/full.toml    # several nodes: docs/training.md
 python -m training.train --config training/configs/transfer.toml --data FOLDER --init model_store/asff-resnet50/4
 """
 
@@ -28,7 +28,7 @@ from training.backbones import build
 from training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint, write_history
 from training.config import Config, Optimisation, Phase, load_config
 from training.data import Dataset, load_dataset
-from training.distributed import World, world
+from training.distributed import World, same_everywhere, world
 from training.evaluate import predict_logits
 from training.start import refuse_seen, with_version
 
@@ -55,6 +55,8 @@ def train(config: Config, run_dir: Path, world: World, *, until_epoch: int | Non
     optimizer = torch.optim.AdamW(parameter_groups(model, config.optimisation))
     run_dir.mkdir(parents=True, exist_ok=True)
     history = load_checkpoint(run_dir / CHECKPOINT, config, model, ema, optimizer)
+    if not same_everywhere([len(history), int(dataset.fingerprint[:15], 16)], world):
+        raise ValueError("the processes see different images or checkpoints: share DERMLENS_DATA_DIR and --run-dir")
     if world.main:
         state = f"resumes after epoch {len(history)}" if history else "starts"
         apart = f"{len(split.held_out)} held-out images, {len(split.held_out_extra)} more of data.extra"
@@ -95,7 +97,7 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     world: World,
 ) -> float:
-    """One pass over the training images; returns the mean loss of this process."""
+    """One pass over the training images, each once; returns the mean loss of this process."""
     phase, epoch_in_phase = config.phase_of(epoch)
     set_trainable(model, phase, batch_norm=config.optimisation.batch_norm)
     parallel: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
@@ -105,12 +107,14 @@ def train_epoch(
     if config.data.extra_share < 1:
         extra = torch.from_numpy(dataset.extra)[order]
         order = order[~extra | (extra.cumsum(0) <= round(config.data.extra_share * int(extra.sum())))]
-    steps = len(order) // batch_size
+    steps = math.ceil(len(order) / batch_size)
     uniforms = torch.rand(len(order), UNIFORMS, generator=generator)
-    losses = []
+    loss_sum, seen = 0.0, 0
     bar = tqdm(range(steps), desc=f"epoch {epoch + 1}/{config.epochs}", disable=None if world.main else True)
     for step in bar:
-        mine = slice(step * batch_size + world.rank, (step + 1) * batch_size, world.size)
+        batch = range(step * batch_size, min((step + 1) * batch_size, len(order)))
+        # Each process has to take part in each step: one without a share of a short last batch counts nothing
+        mine, counts = (batch[world.rank :: world.size], 1) if world.rank < len(batch) else (batch[:1], 0)
         images = augment(dataset.images[order[mine]], uniforms[mine], size=phase.size, strength=config.augmentation)
         targets = F.one_hot(dataset.labels[order[mine]], len(config.data.classes)).float()
         if config.augmentation.mixup:
@@ -131,14 +135,15 @@ def train_epoch(
             label_smoothing=config.optimisation.label_smoothing,
             reduction="sum",
         )
-        # DDP averages over processes: this scale makes the gradient that of the global batch, however it is split
-        (loss * world.size / batch_size).backward()
+        # DDP averages over processes: this scale makes the gradient that of the global batch, however it is split, and
+        # gives an image of a short last batch the weight of any other
+        (loss * counts * world.size / batch_size).backward()
         optimizer.step()
         optimizer.zero_grad()
         ema.update_parameters(model)
-        losses.append(loss.item() / len(logits))
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    return float(np.mean(losses))
+        loss_sum, seen = loss_sum + counts * loss.item(), seen + counts * len(logits)
+        bar.set_postfix(loss=f"{loss.item() / len(logits):.3f}")
+    return loss_sum / max(1, seen)
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

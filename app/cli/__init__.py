@@ -10,7 +10,7 @@ from app.cli import audit, export, images, keys, models, serve
 from app.engines.base import EngineUnavailable
 from app.model import store
 from app.model.labels import NOTICE
-from app.settings import Settings
+from app.settings import Settings, variable
 
 REFUSALS = (
     store.StoreError,
@@ -32,8 +32,10 @@ def main(arguments: list[str] | None = None) -> None:
         given = {key: value for key in overridable if (value := getattr(options, key, None)) is not None}
         sys.exit(options.run(options, Settings().model_copy(update=given)))
     except ValidationError as error:
-        first = error.errors()[0]
-        sys.stderr.write(f"dermlens: DERMLENS_{str(first['loc'][0]).upper()}: {first['msg']}\n")
+        for mistake in error.errors():
+            name = str(mistake["loc"][0])
+            default = Settings.model_fields[name].default
+            sys.stderr.write(f"dermlens: {variable(name)}: {mistake['msg']}: correct it, or unset it for {default!r}\n")
     except REFUSALS as error:
         sys.stderr.write(f"dermlens: {error}\n")
     sys.exit(2)

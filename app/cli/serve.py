@@ -14,10 +14,12 @@ from typing import Any
 import uvicorn
 
 from app import logs
+from app.cli import check
 from app.main import create_app
 from app.protocol import GuardedProtocol
-from app.settings import Settings
+from app.settings import Settings, unknown_variables
 
+LOG = logging.getLogger(__name__)
 FAILED = 70  # EX_SOFTWARE of sysexits.h: the device is lost or stuck, start the server again
 
 
@@ -26,6 +28,8 @@ def add(commands: Any) -> None:
     serve = commands.add_parser("serve", help="run the HTTP server; settings come from DERMLENS_*")
     serve.add_argument("--host", help="address to listen on")
     serve.add_argument("--port", type=int, help="TCP port")
+    serve.add_argument("--check", action="store_true", help="only tell what it would run with, and what is wrong")
+    serve.add_argument("--json", action="store_true", help="with --check: as JSON")
     serve.set_defaults(run=_serve)
 
 
@@ -47,8 +51,12 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _serve(_: argparse.Namespace, settings: Settings) -> int:
+def _serve(options: argparse.Namespace, settings: Settings) -> int:
+    if options.check:
+        return check.report(settings, as_json=options.json)
     logs.configure(settings.log_level, settings.log_format)
+    for warning in unknown_variables(os.environ):
+        LOG.warning(warning)
     config = uvicorn.Config(
         create_app(settings, on_failure=_end_soon),
         host=settings.host,

@@ -1,6 +1,7 @@
 """What serving needs of an engine, and the choice of one."""
 
 import ctypes
+import importlib.util
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -49,6 +50,11 @@ class Engine(Protocol):
         ...
 
 
+class Choice(NamedTuple):
+    engine: Literal["cuda", "openvino", "torch"]
+    why: str
+
+
 class DeviceLost(RuntimeError):
     """The device answers every call with an error from now on; only a new process gets it back."""
 
@@ -74,26 +80,45 @@ def build_engine(
         EngineUnavailable: there is no such device, or it does not compute in that precision.
         ValueError: the weights do not fit.
     """
-    if name == "cuda" or (name == "auto" and nvidia_driver()):
-        from app.engines.torch_engine import cuda_available
+    engine = choose_engine(name).engine
+    if engine == "cuda":
+        own_precision("cuda", wanted=precision)
+        from app.engines.cuda_engine import CudaEngine
 
-        if cuda_available():
-            _only_auto(precision, engine="cuda", own="float16")
-            from app.engines.cuda_engine import CudaEngine
-
-            return CudaEngine(version)
-        if name == "cuda":
-            raise EngineUnavailable(
-                "DERMLENS_ENGINE=cuda, but torch sees no CUDA device: use auto, or check the driver"
-            )
-    if name == "torch":
+        return CudaEngine(version)
+    if engine == "torch":
         from app.engines.torch_engine import TorchEngine
 
-        _only_auto(precision, engine="torch", own="float32")
+        own_precision("torch", wanted=precision)
         return TorchEngine(version, device="cpu", threads=threads)
     from app.engines.openvino_engine import OpenVinoEngine
 
     return OpenVinoEngine(version, precision=precision, threads=threads)
+
+
+def choose_engine(name: EngineName) -> Choice:
+    """What `build_engine` takes for that name; imports torch where there may be a CUDA device.
+
+    Raises:
+        EngineUnavailable: there is no such device, or no torch to ask for it.
+    """
+    if name == "torch" and importlib.util.find_spec("torch") is None:
+        raise EngineUnavailable("DERMLENS_ENGINE=torch, but torch is not installed: use auto")
+    if name in ("openvino", "torch"):
+        return Choice(name, f"DERMLENS_ENGINE={name}")
+    if name == "auto" and not nvidia_driver():
+        return Choice("openvino", "there is no NVIDIA driver")
+    try:
+        from app.engines.torch_engine import cuda_available
+    except ModuleNotFoundError as error:
+        why = f"{error.name} is not installed"
+    else:
+        if cuda_available():
+            return Choice("cuda", "torch sees a CUDA device")
+        why = "torch sees no CUDA device"
+    if name == "cuda":
+        raise EngineUnavailable(f"DERMLENS_ENGINE=cuda, but {why}: use auto, or check the driver")
+    return Choice("openvino", why)
 
 
 def context_lost(error: Exception) -> bool:
@@ -128,9 +153,16 @@ def nvidia_driver() -> bool:
     return True
 
 
-def _only_auto(precision: str, *, engine: str, own: str) -> None:
-    if precision not in ("auto", own):
-        raise EngineUnavailable(f"DERMLENS_PRECISION={precision}, but the {engine} engine computes in {own}: use auto")
+def own_precision(engine: Literal["cuda", "torch"], *, wanted: str) -> str:
+    """What an engine with one precision computes in.
+
+    Raises:
+        EngineUnavailable: another one is wanted.
+    """
+    own = {"cuda": "float16", "torch": "float32"}[engine]
+    if wanted not in ("auto", own):
+        raise EngineUnavailable(f"DERMLENS_PRECISION={wanted}, but the {engine} engine computes in {own}: use auto")
+    return own
 
 
 def warm_up(engine: Engine, *, size: int, max_batch: int) -> None:

@@ -21,6 +21,11 @@ def cuda_available() -> bool:
     return torch.cuda.is_available()
 
 
+def cuda_names() -> list[str]:
+    """The CUDA devices, in their order."""
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+
 class TorchEngine:
     """One version on one device, channels-last, without autograd."""
 

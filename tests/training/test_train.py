@@ -2,9 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
 
 from tests.conftest import ROOT
+from training.augment import augment
 from training.backbones import build
 from training.checkpoint import CHECKPOINT
 from training.config import Config, load_config
@@ -65,54 +68,83 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
 
 WORKER = """
 import sys, torch
-from pathlib import Path
 from safetensors.torch import save_file
-from tests.training.test_train import one_step
-from training.distributed import world
+from tests.training.test_train import UNEVEN, one_epoch
+from training.distributed import same_everywhere, world
 torch.set_num_threads(1)
 with world() as processes:
-    state = one_step(processes)
+    assert same_everywhere([3, 7], processes)
+    assert not same_everywhere([3, processes.rank], processes)
+    steps = one_epoch(processes, images=UNEVEN)
     if processes.main:
-        save_file(state, sys.argv[1])
+        save_file(steps, sys.argv[1])
 """
+UNEVEN = 8  # in batches of 7 over 2 processes: 4 and 3, then a last batch of one image, for one process alone
 
 
-def one_step(world: World) -> dict[str, torch.Tensor]:
-    """Gradients that one global batch of 7 images leaves, as read from plain SGD without decay."""
+def one_epoch(world: World, *, images: int) -> dict[str, torch.Tensor]:
+    """How far an epoch in batches of 7 moves each weight, with plain SGD without decay."""
     config = short(batch_size=7)
     dataset = load_dataset(config.data, seed=config.seed, progress=False)
-    training = dataset.split(0).training[:7]
+    training = dataset.split(0).training[:images]
     # In float64: rounding differs with the size of a batch, and 50 untrained layers make 0.2% of it in float32
-    model = build(config.model, classes=2, seed=1, images=dataset.images[training]).double()
+    model = build(config.model, classes=2, seed=1, images=dataset.images[training[:7]]).double()
     before = {k: v.clone() for k, v in model.named_parameters()}
     optimizer = torch.optim.SGD(parameter_groups(model, config.optimisation), lr=1.0)
     for group in optimizer.param_groups:
-        group["peak_lr"] = 1.0
+        group["peak_lr"] = 0.01
     ema = AveragedModel(model)
     train_epoch(config, 0, dataset, training, model=model, ema=ema, optimizer=optimizer, world=world)
     return {k: (before[k] - v).detach().contiguous() for k, v in model.named_parameters()}
 
 
-def test_two_processes_take_the_step_that_one_takes(tmp_path: Path) -> None:
-    """7 images over 2 processes: 4 and 3, so the shares are uneven too."""
+def test_two_nodes_take_the_steps_that_one_process_takes(tmp_path: Path) -> None:
+    """Two launchers that find each other, as on two hosts (docs/training.md), with a process each."""
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "worker.py"), str(tmp_path / "two.safetensors")],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    two, one = load_file(tmp_path / "two.safetensors"), one_step(ALONE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=test"]
+    saved = tmp_path / "two.safetensors"
+    nodes = [
+        subprocess.Popen(
+            [*command, "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", tmp_path / "worker.py", saved],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for port in [free_port()] * 2
+    ]
+    try:
+        for node in nodes:
+            _, errors = node.communicate(timeout=200)
+            assert node.returncode == 0, errors[-3000:]
+    finally:
+        for node in nodes:
+            node.kill()
+    two, one = load_file(saved), one_epoch(ALONE, images=UNEVEN)
     assert two.keys() == one.keys()
     total = sum(float(v.square().sum()) for v in one.values()) ** 0.5
     apart = sum(float((two[k] - one[k]).square().sum()) for k in one) ** 0.5
     assert total > 0
     assert apart < 1e-4 * total
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_an_epoch_takes_every_image_once_the_last_short_batch_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[torch.Tensor] = []
+
+    def watched(images: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        batches.append(images)
+        return augment(images, *rest, **named)
+
+    monkeypatch.setattr("training.train.augment", watched)
+    one_epoch(ALONE, images=17)
+    assert [len(batch) for batch in batches] == [7, 7, 3]
+    assert len(torch.cat(batches).flatten(1).unique(dim=0)) == 17
 
 
 def test_the_schedule_warms_up_in_each_phase_and_ends_at_nought() -> None:
