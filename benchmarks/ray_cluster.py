@@ -177,7 +177,7 @@ class TwoNodes:
             "include_log_monitor": False,
         }
         head_args = self._node_args | agent_ports() | {"include_dashboard": False}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head_args)
+        self._cluster = Cluster(initialize_head=True, head_node_args=head_args, shutdown_at_exit=False)
         self.add_worker()
         ray.init(address=self._cluster.address, logging_level="error", log_to_driver=False)
 
