@@ -2,6 +2,7 @@
 # make test    the same environment, then the suite
 # make bench   the engines, decoding, and the server as its load grows; bench-peers: the server beside others
 # make report  the served version's report again, from the CSV files it carries
+# make bench-ray  two Ray nodes on this machine, under load: replicas and nodes killed, versions replaced
 # make soak    the server under ten times its load, then 30 minutes of mixed traffic, faults and reloads
 # make fuzz    an hour of coverage-guided fuzzing of what strangers send; make coverage: of app/ by the suite
 # make mutation  changes the code and sees whether the tests notice; MUTANTS="app.batcher.*" for a part, hours for all
@@ -11,7 +12,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup serve test check report bench bench-peers soak fuzz coverage mutation audit sbom lock docs
+.PHONY: setup serve test check report bench bench-peers bench-ray soak fuzz coverage mutation audit sbom lock docs
 
 setup: $(INSTALLED)
 
@@ -38,6 +39,9 @@ bench: setup
 
 bench-peers: setup
 	$(VENV)/bin/python benchmarks/compare.py
+
+bench-ray: setup
+	$(VENV)/bin/python benchmarks/ray_cluster.py
 
 soak: setup
 	$(VENV)/bin/python benchmarks/overload.py

@@ -58,7 +58,7 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
     for warning in unknown_variables(os.environ):
         LOG.warning(warning)
     config = uvicorn.Config(
-        create_app(settings, on_failure=_end_soon),
+        create_app(settings, on_failure=end_soon),
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -76,7 +76,7 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
     os._exit(1 if server.force_exit else 0)
 
 
-def _end_soon(_: str) -> None:
+def end_soon(_: str) -> None:
     """End the process once those who wait have been told; from any thread, whatever hangs."""
 
     def end() -> None:
