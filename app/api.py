@@ -4,6 +4,7 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from anyio import to_thread
@@ -12,6 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app import logs
+from app.clinical import fhir
 from app.errors import KINDS, report
 from app.model.labels import OFF, PREDICTED, check_choices
 from app.model.manifest import Identifier
@@ -47,7 +49,8 @@ def body(schema: dict[str, Any]) -> dict[str, Any]:
     """OpenAPI for a body that the route reads itself, to bound it."""
     content = {"multipart/form-data": {"schema": schema}}
     if "file" in schema["properties"]:
-        content |= {f"image/{kind}": {"schema": IMAGE} for kind in ("jpeg", "png", "webp")}
+        kinds = ("image/jpeg", "image/png", "image/webp", "application/dicom")
+        content |= {kind: {"schema": IMAGE} for kind in kinds}
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -120,12 +123,37 @@ def build_router(service: Service, keys: KeyRing | None = None) -> APIRouter:  #
             request_id=request.scope["request_id"],
         )
 
-    @router.post("/predict", dependencies=may_predict, openapi_extra=ONE_IMAGE, responses=PROBLEMS, tags=["inference"])
-    async def predict(request: Request, rule: Annotated[Rule, chosen_rule]) -> Prediction:
+    @router.post(
+        "/predict",
+        dependencies=may_predict,
+        openapi_extra=ONE_IMAGE,
+        response_model=Prediction,
+        responses=PROBLEMS | {200: {"content": {fhir.MEDIA_TYPE: {"schema": {"type": "object"}}}}},
+        tags=["inference"],
+    )
+    async def predict(
+        request: Request,
+        response: Response,
+        rule: Annotated[Rule, chosen_rule],
+        wanted: Annotated[
+            Literal["json", "fhir"], Query(alias="format", description="`fhir` is a DiagnosticReport of FHIR R4.")
+        ] = "json",
+        accept: Annotated[str, Header()] = "application/json",
+    ) -> Prediction | Response:
         """Classify one dermoscopic image: multipart field `file`, or the image as the raw body."""
         data = await read_one(request)
         with rule.admit():
-            return Prediction(**fields(await while_connected(request, service.see(request, data, rule)), rule, request))
+            answer = await while_connected(request, service.see(request, data, rule))
+        if wanted == "json" and fhir.MEDIA_TYPE not in accept:
+            return Prediction(**fields(answer, rule, request))
+        diagnosis = fhir.diagnostic_report(
+            answer.judgement,
+            rule.running.manifest,
+            request_id=request.scope["request_id"],
+            warnings=answer.image.warnings,
+            issued=datetime.now(UTC),
+        )
+        return JSONResponse(diagnosis, headers=dict(response.headers), media_type=fhir.MEDIA_TYPE)
 
     @router.post(
         "/predict/batch", dependencies=may_predict, openapi_extra=MANY_IMAGES, responses=PROBLEMS, tags=["inference"]

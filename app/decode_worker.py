@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from app.clinical import dicom
 from app.model.preprocess import FORMATS, ImageError, decode
 
 NOBODY = 65534
@@ -43,6 +44,7 @@ def warm_up() -> None:
         buffer = io.BytesIO()
         Image.new("RGB", (32, 32)).save(buffer, kind)
         decode(buffer.getvalue())
+    dicom.warm_up()
 
 
 def main() -> None:
@@ -67,7 +69,7 @@ def main() -> None:
 def answer(data: bytes, *, size: int, max_pixels: int, preview_side: int) -> list[bytes]:
     """The reply to one image: length, header, and pixels (uint8[3,size,size], then the preview's) if it is one."""
     try:
-        image = decode(data, size=size, max_pixels=max_pixels, preview_side=preview_side)
+        image = dicom.decode(data, size=size, max_pixels=max_pixels, preview_side=preview_side, unbounded=True)
     except ImageError as error:
         header: dict[str, Any] = {"error": type(error).__name__, "message": str(error)}
         parts = []

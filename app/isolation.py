@@ -32,7 +32,7 @@ class _Seen(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     width: Side
     height: Side
-    format: Literal["JPEG", "PNG", "WEBP"]
+    format: Literal["JPEG", "PNG", "WEBP", "DICOM"]
     warnings: list[Line] = Field(max_length=8)
     preview: tuple[Side, Side]
 

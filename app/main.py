@@ -23,6 +23,7 @@ from app.api import build_router
 from app.audit import AuditLog, Secret
 from app.batcher import MicroBatcher
 from app.busy import Busy
+from app.clinical.dicom import decode
 from app.engines.base import DeviceLost, Engine, build_decoder, build_engine, warm_up
 from app.errors import install
 from app.isolation import DecodeProcesses
@@ -31,7 +32,6 @@ from app.middleware import RequestContext
 from app.model import store
 from app.model.labels import NOTICE, check_choices
 from app.model.manifest import Manifest
-from app.model.preprocess import decode
 from app.schemas import ModelInfo
 from app.security import PAGE_POLICY, KeyRing
 from app.served import ReportMissing, Running, Served, VersionMissing, VersionRefused

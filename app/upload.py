@@ -68,7 +68,7 @@ async def read_image(request: Request, *, max_bytes: int, read_timeout_s: float)
             read_timeout_s=read_timeout_s,
         )
         return image
-    if not kind.startswith("image/") and kind not in ("", "application/octet-stream"):
+    if not kind.startswith("image/") and kind not in ("", "application/octet-stream", "application/dicom"):
         raise UnsupportedBody(f"{kind} is not served: send multipart/form-data with a file, or the image as image/jpeg")
     return await read_body(request, max_bytes=max_bytes, read_timeout_s=read_timeout_s)
 

@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import ROOT
 
 WEB = {"fastapi", "starlette", "uvicorn"}
+CLINICAL = {"pydicom", "highdicom", "jpeg_ls", "fhir"}  # of an extra
 
 
 def loaded_by(module: str) -> set[str]:
@@ -30,6 +31,9 @@ def loaded_by(module: str) -> set[str]:
         ("app.model.onnx_graph", {*WEB, "torch", "app.engines", "training"}),
         ("app.decode_worker", {*WEB, "torch", "pydantic", "app.engines", "training"}),
         ("app.isolation", {*WEB, "torch", "app.engines", "training"}),
+        ("app.clinical.dicom", {*WEB, *CLINICAL, "torch", "pydantic", "app.engines", "app.service", "training"}),
+        ("app.clinical.dicom_out", {*WEB, "torch", "app.engines", "app.service", "app.settings", "training"}),
+        ("app.clinical.fhir", {*WEB, *CLINICAL, "torch", "app.engines", "app.service", "training"}),
         ("app.batcher", {*WEB, "torch", "PIL", "pydantic", "app.model", "training"}),
         ("app.engines.base", {*WEB, "torch", "openvino", "training"}),
         ("app.engines.buckets", {*WEB, "torch", "openvino", "training"}),
@@ -39,8 +43,8 @@ def loaded_by(module: str) -> set[str]:
         ("app.oip", {"torch", "app.settings", "app.model.store", "training"}),
         ("app.shadow", {"torch", "app.settings", "app.model.store", "training"}),
         ("app.service", {"torch", "app.settings", "app.model.store", "training"}),
-        ("app.main", {"torch", "openvino", "training"}),
-        ("app.cli", {"torch", "openvino", "onnx", "training"}),
+        ("app.main", {*CLINICAL, "torch", "openvino", "training"}),
+        ("app.cli", {*CLINICAL, "torch", "openvino", "onnx", "training"}),
     ],
 )
 def test_a_module_does_not_pull_in_what_it_must_not(module: str, never: set[str]) -> None:

@@ -6,7 +6,7 @@ import sys
 from pydantic import ValidationError
 
 from app.audit import AuditBroken, AuditFailed, AuditLocked
-from app.cli import audit, export, images, keys, models, serve
+from app.cli import audit, clinical, export, images, keys, models, serve
 from app.engines.base import EngineUnavailable
 from app.model import store
 from app.model.labels import NOTICE
@@ -45,6 +45,6 @@ def build_parser() -> argparse.ArgumentParser:
     """Every command; each sets `run`, which takes the options and the settings and gives the exit code."""
     parser = argparse.ArgumentParser(prog="dermlens", description="Skin-lesion inference. " + NOTICE)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (serve, images, models, export, keys, audit):
+    for group in (serve, images, clinical, models, export, keys, audit):
         group.add(commands)
     return parser

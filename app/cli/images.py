@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from app.clinical.dicom import decode
 from app.main import OpenModel, open_model
 from app.model.labels import NOTICE, PREDICTED, Judgement, check_choices, judge
 from app.model.overlay import METHODS, aim, render
-from app.model.preprocess import PREVIEW_SIDE, DecodedImage, ImageError, decode
+from app.model.preprocess import PREVIEW_SIDE, DecodedImage, ImageError
 from app.settings import Settings
 
 
@@ -88,6 +89,7 @@ def _see(
         size=model.manifest.preprocessing.size,
         max_pixels=settings.max_pixels,
         preview_side=preview_side,
+        unbounded=True,
     )
     logits, cam = model.engine.run(image.pixels[None])
     judgement = judge(logits[0], model.manifest, settings.operating_point, coverage=settings.coverage)

@@ -157,14 +157,19 @@ def _read(data: bytes) -> Picture:
     raise NotAnImage("the upload is not an image: send a JPEG, PNG or WebP file")
 
 
-def _check(picture: Picture, max_pixels: int) -> None:
-    width, height = picture.width, picture.height
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Refuse by what a header says, before anything is decoded; raises ImageTooLarge, ImageTooSmall."""
     max_pixels = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)  # above it, Pillow warns
     if width * height > max_pixels:
         limit = max_pixels / 1e6
         raise ImageTooLarge(f"{width}×{height} is over the limit of {limit:g} megapixels: scale it down")
     if min(width, height) < MIN_SIDE:
         raise ImageTooSmall(f"{width}×{height} is too small to judge: each side needs {MIN_SIDE} pixels or more")
+
+
+def _check(picture: Picture, max_pixels: int) -> None:
+    width, height = picture.width, picture.height
+    check_size(width, height, max_pixels)
     if picture.scans > MAX_SCANS or picture.scans * width * height > MAX_SCANNED_PIXELS:
         raise NotAnImage(f"the JPEG file has {picture.scans} scans, where 10 are usual: export it again")
     if picture.animated:
@@ -193,6 +198,29 @@ def _decode(picture: Picture, *, size: int, preview_side: int, jpeg: JpegDecoder
     turn = TURNS.get(picture.turned)
     if turn in SIDEWAYS:
         width, height = height, width
+    return shrink(
+        image, kind=picture.kind, mode=mode, width=width, height=height, size=size, preview_side=preview_side, turn=turn
+    )
+
+
+def shrink(
+    image: Image.Image,
+    *,
+    kind: str,
+    mode: str,
+    width: int,
+    height: int,
+    size: int,
+    preview_side: int,
+    turn: Image.Transpose | None = None,
+) -> DecodedImage:
+    """The last step of `decode`, for pixels from anywhere; `image` may have been scaled, and is changed.
+
+    Args:
+        mode: Pillow's name of what was stored.
+        width, height: pixels, upright, as uploaded.
+        turn: what makes `image` upright.
+    """
     squares, previews = [], []
     for part in _upright(image, turn):
         squares.append(part.resize((size, size), Image.Resampling.BILINEAR))
@@ -204,7 +232,7 @@ def _decode(picture: Picture, *, size: int, preview_side: int, jpeg: JpegDecoder
         preview=_joined(previews),
         width=width,
         height=height,
-        format=picture.kind,
+        format=kind,
         warnings=_warnings(mode, width, height),
     )
 

@@ -1,0 +1,60 @@
+"""dermlens dicom"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from app.clinical.dicom import decode
+from app.main import open_model
+from app.model.labels import NOTICE, PREDICTED, judge
+from app.model.overlay import aim, render
+from app.model.preprocess import PREVIEW_SIDE
+from app.settings import Settings
+
+
+def add(commands: Any) -> None:
+    """Add `dicom`."""
+    dicom = commands.add_parser("dicom", help="answer one DICOM photograph with DICOM files, to be filed in its study")
+    dicom.add_argument("file", type=Path, metavar="FILE")
+    dicom.add_argument("--sr", type=Path, metavar="OUT.dcm", help="write the answer as a structured report")
+    dicom.add_argument("--overlay", type=Path, metavar="OUT.dcm", help="write its evidence as a Secondary Capture")
+    dicom.set_defaults(run=_dicom)
+
+
+def _dicom(options: argparse.Namespace, settings: Settings) -> int:
+    if not (options.sr or options.overlay):
+        raise ValueError("nothing to write: give --sr OUT.dcm, --overlay OUT.dcm or both")
+    out = _dicom_out()
+    model, source = open_model(settings), options.file.read_bytes()
+    image = decode(
+        source,
+        size=model.manifest.preprocessing.size,
+        max_pixels=settings.max_pixels,
+        preview_side=PREVIEW_SIDE,
+        unbounded=True,
+    )
+    logits, cam = model.engine.run(image.pixels[None])
+    judgement = judge(logits[0], model.manifest, settings.operating_point, coverage=settings.coverage)
+    if options.sr:
+        options.sr.write_bytes(out.structured_report(source, judgement, model.manifest))
+    if options.overlay:
+        shown = aim(PREDICTED, "gradcam", judgement=judgement, manifest=model.manifest)
+        overlay = render(cam[0][shown.index], image.preview, style="overlay", alpha=0.6, description=shown.description)
+        picture = out.secondary_capture(source, overlay.png, model.manifest, description=shown.description)
+        options.overlay.write_bytes(picture)
+    chances = "  ".join(f"{name} {p:.3f}" for name, p in judgement.probabilities.items())
+    reasons = [f"{'refer' if judgement.refer else 'note'}: {reason}" for reason in judgement.reasons]
+    print("  ".join([f"{options.file}: {judgement.label}", chances, *reasons, *image.warnings]))
+    written = ", ".join(str(path) for path in (options.sr, options.overlay) if path)
+    sys.stderr.write(f"written, preliminary and unverified: {written}. {NOTICE}\n")
+    return 0
+
+
+def _dicom_out() -> ModuleType:
+    try:
+        return importlib.import_module("app.clinical.dicom_out")
+    except ImportError as error:
+        raise RuntimeError("to write DICOM: pip install 'dermlens[clinical]'") from error
