@@ -1,7 +1,7 @@
 """What serving needs of an engine, and the choice of one."""
 
 import ctypes
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,22 @@ class Engine(Protocol):
         Raises:
             MethodUnavailable: torch or captum is not installed.
         """
+        ...
+
+
+class DeviceMemory(NamedTuple):
+    """Of the whole device, whoever uses it."""
+
+    used_bytes: int
+    total_bytes: int
+
+
+@runtime_checkable
+class HasMemory(Protocol):
+    """An engine whose device has memory of its own."""
+
+    def memory(self) -> DeviceMemory:
+        """What is used now, from any thread."""
         ...
 
 
