@@ -4,9 +4,10 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -55,9 +56,12 @@ class Result:
 
     logits: NDArray[np.float32]  # [K]
     cam: NDArray[np.float32]  # [K,H,W]
-    queue_s: float
+    queue_s: float  # until its batch left the queue
+    batch_s: float  # from there until the device had it
     forward_s: float
+    ended: float  # of the forward pass, on `time.monotonic`
     batch_size: int
+    shared: object = None  # what `around` gave for its batch
 
 
 @dataclass(eq=False)
@@ -65,6 +69,7 @@ class _Image:
     pixels: NDArray[np.uint8]
     future: asyncio.Future[Result]
     arrived: float
+    context: Context  # of the caller
     taken: bool = False  # to the device
 
 
@@ -90,6 +95,7 @@ class MicroBatcher:
         in_flight: batches in `run` at once, each in a thread; more than one only where the device overlaps them.
         on_drop: told why, `client_gone` or `deadline`, for each image that will not be run.
         is_fatal: whether an error of `run` means that the device is lost; then nothing is run any more.
+        around: entered around each run of a batch, with the contexts that its images were submitted in.
     """
 
     def __init__(
@@ -102,6 +108,7 @@ class MicroBatcher:
         in_flight: int = 1,
         on_drop: Callable[[str], None] = lambda _: None,
         is_fatal: Callable[[Exception], bool] = _never,
+        around: Callable[[Sequence[Context]], AbstractContextManager[object]] = lambda _: nullcontext(),
     ) -> None:
         self._compute = run
         self._max_batch = max_batch
@@ -113,6 +120,7 @@ class MicroBatcher:
         self._in_flight = in_flight
         self._on_drop = on_drop
         self._is_fatal = is_fatal
+        self._around = around
         self._admitted = {True: 0, False: 0}  # images let in and not answered yet; True: in the background
         self._callers: set[asyncio.Future[Any]] = set()  # who waits for an answer
         self._running: dict[object, float] = {}  # what is on the device -> since when
@@ -207,7 +215,7 @@ class MicroBatcher:
         Raises:
             DeadlineExceeded, ShuttingDown, DeviceFailed, NotFinite, or what `run` raised for this image alone.
         """
-        item = _Image(image, asyncio.get_running_loop().create_future(), time.monotonic())
+        item = _Image(image, asyncio.get_running_loop().create_future(), time.monotonic(), copy_context())
         await self._wait(item, self._background if background else self._waiting, timeout_s)
         return item.future.result()
 
@@ -338,12 +346,28 @@ class MicroBatcher:
             del self._running[token]
 
     async def _run_batch(self, batch: list[_Image]) -> list[Result]:
-        started = time.monotonic()
+        taken = begun = time.monotonic()
         images = np.stack([item.pixels for item in batch])
-        outputs = await self._on_device(lambda: self._compute(images))
-        seconds = time.monotonic() - started
-        self._seconds_per_image = 0.9 * self._seconds_per_image + 0.1 * seconds / len(batch)
+
+        def compute() -> Outputs:
+            nonlocal begun
+            begun = time.monotonic()
+            return self._compute(images)
+
+        with self._around([item.context for item in batch]) as shared:
+            outputs = await self._on_device(compute)
+        ended = time.monotonic()
+        self._seconds_per_image = 0.9 * self._seconds_per_image + 0.1 * (ended - taken) / len(batch)
         return [
-            Result(outputs.logits[row], outputs.cam[row], started - item.arrived, seconds, len(batch))
+            Result(
+                logits=outputs.logits[row],
+                cam=outputs.cam[row],
+                queue_s=taken - item.arrived,
+                batch_s=begun - taken,
+                forward_s=ended - begun,
+                ended=ended,
+                batch_size=len(batch),
+                shared=shared,
+            )
             for row, item in enumerate(batch)
         ]

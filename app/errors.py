@@ -125,8 +125,11 @@ def install(app: FastAPI, metrics: Metrics) -> None:
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)  # noqa: S101 - narrows the type
         kind = Kind(error.status_code, f"http-{error.status_code}", str(error.detail))
+        metrics.rejected.labels(reason=kind.slug).inc()
         return _respond(request, _problem(kind, str(error.detail), request_id(request)), error.headers)
 
+    for kind in (*KINDS.values(), INTERNAL):
+        metrics.rejected.labels(reason=kind.slug)  # at zero from the start
     for exception in (*KINDS, Exception):
         app.add_exception_handler(exception, known)
     app.add_exception_handler(RequestValidationError, invalid)

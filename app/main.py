@@ -4,12 +4,12 @@ import asyncio
 import base64
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from hashlib import sha256
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
@@ -40,6 +40,9 @@ from app.settings import Settings
 from app.shadow import Shadow
 from app.watchdog import watch
 
+if TYPE_CHECKING:  # it imports OpenTelemetry, which few have
+    from app.tracing import Tracing
+
 LOG = logging.getLogger(__name__)
 DESCRIPTION = f"""Benign or malignant? A calibrated probability for a dermoscopic image, and a picture of where the
 evidence lies. ASFF ResNet-50 after [arXiv 2510.03876](https://arxiv.org/abs/2510.03876).
@@ -52,15 +55,26 @@ class OpenModel(NamedTuple):
     manifest: Manifest
 
 
-def open_model(settings: Settings, version: str | None = None) -> OpenModel:
+def open_model(
+    settings: Settings,
+    version: str | None = None,
+    *,
+    step: Callable[[str], AbstractContextManager[object]] = lambda _: nullcontext(),
+) -> OpenModel:
     """Load a version, by default the one that the settings name, onto its device.
+
+    Args:
+        step: around `load`, from the disk, and `build`, onto the device.
 
     Raises:
         StoreError: there is no such version, or it is damaged.
         EngineUnavailable: the device that was asked for is not there.
         ValueError: the version has no such operating point or coverage, or its weights do not fit.
     """
-    return open_loaded(settings, store.load(settings.model_store, settings.model_name, version or current(settings)[0]))
+    with step("load"):
+        loaded = store.load(settings.model_store, settings.model_name, version or current(settings)[0])
+    with step("build"):
+        return open_loaded(settings, loaded)
 
 
 def open_loaded(settings: Settings, loaded: store.LoadedVersion) -> OpenModel:
@@ -96,7 +110,8 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
     """
     metrics = Metrics()
     first = current(settings)  # before it is loaded, so that a promotion meanwhile is noticed
-    served = Served(first[0], lambda version: start(settings, version, metrics), on_change=metrics.serves)
+    tracing = open_tracing(settings)
+    served = Served(first[0], lambda version: start(settings, version, metrics, tracing), on_change=metrics.serves)
     metrics.watch_queue(lambda: served.now.batcher.depth)
     keys = KeyRing(settings.api_keys) if settings.api_keys else None
     shadow = start_shadow(settings, metrics)
@@ -114,7 +129,11 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
             )
         )
         stop_watch = watch(served, asyncio.get_running_loop(), limit_s=settings.stuck_ms / 1000, on_failure=on_failure)
-        yield {"busy": Busy(served, metrics, timeout_ms=settings.timeout_ms)}  # for `app.protocol`
+        # For `app.protocol`
+        yield {
+            "busy": Busy(served, metrics, timeout_ms=settings.timeout_ms),
+            "refused_unread": metrics.refused_unread,
+        }
         following.cancel()
         await served.close()
         if shadow is not None:
@@ -122,6 +141,8 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
         stop_watch()
         if audit is not None:
             audit.close()
+        if tracing is not None:
+            await to_thread.run_sync(tracing.close)
         if processes is not None:
             await to_thread.run_sync(processes.close)
 
@@ -133,6 +154,8 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
         openapi_url="/openapi.json" if settings.docs else None,
         docs_url=None,
         redoc_url=None,
+        # FastAPI's own spans hold paths, queries and messages, for whoever sets a global provider
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         redirect_slashes=False,  # to an address made from the client's Host header
     )
     service = Service(
@@ -140,6 +163,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
         decode=processes.decode if processes else partial(decode, jpeg=build_decoder(settings.decoder)),
         audit=audit,
         metrics=metrics,
+        tracing=tracing,
         list_models=lambda: list_models(settings.model_store, settings.model_name, served.now.manifest.version),
         read_report=lambda version, file: read_report(settings.model_store, settings.model_name, version, file),
         promote=lambda version: promote(served, settings, version),
@@ -171,6 +195,10 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
             allow_headers=["*"],
             expose_headers=["*"],
         )
+    if tracing is not None:
+        from app.tracing import TracedRequests
+
+        app.add_middleware(TracedRequests, tracing=tracing)
     app.add_middleware(RequestContext, metrics=metrics)
     return app
 
@@ -224,6 +252,19 @@ def audit_secret(settings: Settings) -> Secret:
     return Secret(settings.audit_key_file.read_bytes())
 
 
+def open_tracing(settings: Settings) -> "Tracing | None":
+    """What makes spans, where the settings want them; raises ValueError where OpenTelemetry is not installed."""
+    if not settings.tracing:
+        return None
+    try:
+        from app.tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"DERMLENS_TRACING needs {error.name}: pip install 'dermlens[tracing]', or set it to false"
+        ) from error
+    return Tracing(installed_version("dermlens"))
+
+
 def open_decode_processes(settings: Settings) -> DecodeProcesses | None:
     """What decodes in processes of their own, where the settings want it.
 
@@ -247,10 +288,11 @@ def check_decoder(settings: Settings) -> None:
         raise ValueError("DERMLENS_DECODE_ISOLATION=process decodes with Pillow alone: set DERMLENS_DECODER=pillow")
 
 
-def start(settings: Settings, version: str, metrics: Metrics) -> Running:
+def start(settings: Settings, version: str, metrics: Metrics, tracing: "Tracing | None") -> Running:
     """A version that is loaded, warm, and ready to take work; raises as `open_model` does."""
-    engine, manifest = model = open_model(settings, version)
-    max_batch = warm(settings, model)
+    engine, manifest = model = open_model(settings, version, step=metrics.starting)
+    with metrics.starting("warm_up"):
+        max_batch = warm(settings, model)
     batcher = MicroBatcher(
         engine.run,
         max_batch=max_batch,
@@ -259,6 +301,7 @@ def start(settings: Settings, version: str, metrics: Metrics) -> Running:
         in_flight=engine.in_flight,
         on_drop=lambda reason: metrics.dropped.labels(reason=reason).inc(),
         is_fatal=lambda error: isinstance(error, DeviceLost),
+        around=tracing.batch if tracing is not None else lambda _: nullcontext(),
     )
     return Running(engine, manifest, batcher)
 

@@ -184,6 +184,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._wait_for_client()
 
     def _problem(self, status: HTTPStatus) -> bytes:
+        if count := self.app_state.get("refused_unread"):  # from the app's lifespan
+            count(status)
         problem = Problem(
             type=f"urn:dermlens:problem:http-{status}",
             title=status.phrase,

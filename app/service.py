@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import Request
@@ -17,9 +17,13 @@ from app.metrics import Metrics
 from app.model.labels import Judgement, judge
 from app.model.manifest import Manifest
 from app.model.preprocess import DecodedImage
+from app.model.quality import measure
 from app.schemas import ModelInfo
 from app.served import Running, Served
 from app.shadow import Compare
+
+if TYPE_CHECKING:  # it imports OpenTelemetry, which few have
+    from app.tracing import Tracing
 
 T = TypeVar("T")
 
@@ -62,6 +66,7 @@ class Service:
     decode: Decode
     audit: AuditLog | None
     metrics: Metrics
+    tracing: "Tracing | None"
     list_models: Callable[[], list[ModelInfo]]
     read_report: Callable[[str, str], bytes]  # of a version, by its name
     promote: Callable[[str], Awaitable[str]]  # a version in place of the one whose name it gives
@@ -87,7 +92,10 @@ class Service:
         try:
             return await work
         finally:
-            self.took(stage, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self.took(stage, seconds)
+            if self.tracing is not None:
+                self.tracing.stage(stage, seconds)
 
     async def in_worker(self, stage: str, work: Callable[[], T]) -> T:
         """The outcome of `work` in a thread, its wait for one included in the duration."""
@@ -102,12 +110,15 @@ class Service:
         started = time.monotonic()
         manifest, batcher = rule.running.manifest, rule.running.batcher
         size = manifest.preprocessing.size
+
+        def decode() -> DecodedImage:
+            image = self.decode(data, size=size, max_pixels=self.max_pixels, preview_side=preview_side)
+            self.metrics.saw(image, measure(image.pixels))
+            return image
+
         try:
             async with asyncio.timeout(rule.timeout_s):  # who waits for a thread in vain is never decoded
-                image = await self.in_worker(
-                    "decode",
-                    lambda: self.decode(data, size=size, max_pixels=self.max_pixels, preview_side=preview_side),
-                )
+                image = await self.in_worker("decode", decode)
         except asyncio.CancelledError:
             self.metrics.dropped.labels(reason="client_gone").inc()
             raise
@@ -117,11 +128,17 @@ class Service:
         left_s = rule.timeout_s - (time.monotonic() - started)
         result = await batcher.submit(image.pixels, timeout_s=left_s, background=rule.background)
         self.took("queue", result.queue_s)
+        self.took("batch", result.batch_s)
         self.took("forward", result.forward_s)
+        if self.tracing is not None:
+            self.tracing.ran(result)
         self.metrics.batch_size.observe(result.batch_size)
         judgement = judge(result.logits, manifest, rule.operating_point, coverage=rule.coverage)
         self.metrics.predictions.labels(label=judgement.label, version=manifest.version).inc()
         self.metrics.referred.labels(version=manifest.version).inc(judgement.refer)
+        self.metrics.positive_probability.labels(version=manifest.version).observe(
+            judgement.probabilities[manifest.classes[-1]]
+        )
         await self._record(request, data, judgement, manifest)
         self.compare(image.pixels, judgement, rule.running)
         return Answer(image, result, judgement)

@@ -30,6 +30,9 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="Form of the logs; `auto` is text on a terminal, else JSON."
     )
+    tracing: bool = Field(
+        False, description="Whether requests are traced; OTEL_EXPORTER_OTLP_ENDPOINT says where the spans go."
+    )
     audit_log: Path | None = Field(None, description="File of the audit log, one record a prediction; none without it.")
     audit_key_file: Path | None = Field(
         None, description="File of 32 random bytes or more, the audit log's secret; needed with an audit log."

@@ -54,6 +54,17 @@ def test_a_query_asks_for_metrics_that_the_server_has(query: str) -> None:
     assert asked <= exposed()
 
 
+@pytest.mark.parametrize(
+    ("metric", "edge"),
+    {found for query in QUERIES.values() for found in re.findall(r'(dermlens_\w+)_bucket\{[^}]*le="([^"]+)"', query)},
+)
+def test_an_objective_is_the_edge_of_a_bucket(metric: str, edge: str) -> None:
+    metrics = Metrics()
+    metrics.request_seconds.labels(route="/predict")
+    (family,) = [family for family in metrics.registry.collect() if family.name == metric]
+    assert edge in {sample.labels.get("le") for sample in family.samples}
+
+
 @each_query
 def test_a_query_asks_for_refusals_that_the_server_makes(query: str) -> None:
     reasons = set(re.findall(r'reason="([^"]*)"', query))
@@ -69,8 +80,8 @@ def test_every_alert_says_how_bad_it_is_and_what_to_do() -> None:
 
 
 def test_every_alert_has_a_test() -> None:
-    tests = yaml.safe_load((PROMETHEUS / "alerts_test.yml").read_text())["tests"]
-    cases = [case for test in tests for case in test["alert_rule_test"]]
+    files = [yaml.safe_load((PROMETHEUS / name).read_text()) for name in ("alerts_test.yml", "drift_test.yml")]
+    cases = [case for file in files for test in file["tests"] for case in test["alert_rule_test"]]
     fired = {case["alertname"] for case in cases if case["exp_alerts"]}
     quiet = {case["alertname"] for case in cases if not case["exp_alerts"]}
     assert fired == quiet == {rule["alert"] for rule in RULES if "alert" in rule}
@@ -79,10 +90,14 @@ def test_every_alert_has_a_test() -> None:
 @needs_promtool
 @pytest.mark.parametrize(
     "command",
-    [("test", "rules", "alerts_test.yml"), ("check", "config", "--syntax-only", "prometheus.yml"),
-     ("check", "rules", "alerts.yml")],
+    [
+        ("test", "rules", "alerts_test.yml"),
+        ("test", "rules", "drift_test.yml"),
+        ("check", "config", "--syntax-only", "prometheus.yml"),
+        ("check", "rules", "alerts.yml"),
+    ],
     ids="-".join,
-)  # fmt: skip
+)
 def test_prometheus_accepts_it(command: tuple[str, ...]) -> None:
     done = subprocess.run(["promtool", *command], cwd=PROMETHEUS, capture_output=True, text=True, check=False)  # noqa: S607
     assert done.returncode == 0, done.stdout + done.stderr

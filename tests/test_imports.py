@@ -43,8 +43,10 @@ def loaded_by(module: str) -> set[str]:
         ("app.oip", {"torch", "app.settings", "app.model.store", "training"}),
         ("app.shadow", {"torch", "app.settings", "app.model.store", "training"}),
         ("app.service", {"torch", "app.settings", "app.model.store", "training"}),
-        ("app.main", {*CLINICAL, "torch", "openvino", "training"}),
-        ("app.cli", {*CLINICAL, "torch", "openvino", "onnx", "training"}),
+        ("app.model.quality", {*WEB, "torch", "PIL", "pydantic", "app.engines", "training"}),
+        ("app.metrics", {*WEB, "torch", "openvino", "training"}),
+        ("app.main", {*CLINICAL, "torch", "openvino", "training", "app.tracing", "opentelemetry.sdk"}),
+        ("app.cli", {*CLINICAL, "torch", "openvino", "onnx", "training", "app.tracing", "opentelemetry.sdk"}),
     ],
 )
 def test_a_module_does_not_pull_in_what_it_must_not(module: str, never: set[str]) -> None:

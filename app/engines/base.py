@@ -2,7 +2,7 @@
 
 import ctypes
 import importlib.util
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,22 @@ class Engine(Protocol):
 class Choice(NamedTuple):
     engine: Literal["cuda", "openvino", "torch"]
     why: str
+
+
+class DeviceMemory(NamedTuple):
+    """Of the whole device, whoever uses it."""
+
+    used_bytes: int
+    total_bytes: int
+
+
+@runtime_checkable
+class HasMemory(Protocol):
+    """An engine whose device has memory of its own."""
+
+    def memory(self) -> DeviceMemory:
+        """What is used now, from any thread."""
+        ...
 
 
 class DeviceLost(RuntimeError):

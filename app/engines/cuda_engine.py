@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from app.engines.base import DeviceLost, Output, context_lost
+from app.engines.base import DeviceLost, DeviceMemory, Output, context_lost
 from app.engines.buckets import BUCKETS, Slots, parts, stage
 from app.engines.torch_engine import TorchEngine
 from app.model.architecture import LesionNet, fold_batch_norm, from_version
@@ -57,6 +57,11 @@ class CudaEngine:
     def attribute(self, image: NDArray[np.uint8], method: Method, *, target: int) -> NDArray[np.float32]:
         """As `TorchEngine.attribute`; its network is built for the call, since few ask for it."""
         return TorchEngine(self._version, device="cuda").attribute(image, method, target=target)
+
+    def memory(self) -> DeviceMemory:
+        """Of the whole GPU."""
+        free, total = torch.cuda.mem_get_info()
+        return DeviceMemory(total - free, total)
 
 
 class _Slot:

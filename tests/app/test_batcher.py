@@ -114,7 +114,8 @@ def test_a_result_says_how_long_it_waited_and_how_long_its_batch_took() -> None:
             elapsed = time.monotonic() - sent
         assert results[0].forward_s >= 0.02
         assert results[1].queue_s >= 0.02
-        assert results[1].queue_s + results[1].forward_s <= elapsed
+        assert results[1].batch_s >= 0
+        assert results[1].queue_s + results[1].batch_s + results[1].forward_s <= elapsed
 
     run(test)
 
@@ -135,7 +136,7 @@ def test_when_to_return_follows_the_pace_of_the_device() -> None:
             device.gate.set()
             pace = 0.1
             for batch in (await asyncio.gather(first, *rest))[:2]:
-                pace = 0.9 * pace + 0.1 * batch.forward_s / batch.batch_size
+                pace = 0.9 * pace + 0.1 * (batch.batch_s + batch.forward_s) / batch.batch_size
             assert retry_after_s(batcher) == math.ceil(100_000 * pace)
 
     run(test)
