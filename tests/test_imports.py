@@ -40,7 +40,8 @@ def loaded_by(module: str) -> set[str]:
         ("app.shadow", {"torch", "app.settings", "app.model.store", "training"}),
         ("app.service", {"torch", "app.settings", "app.model.store", "training"}),
         ("app.main", {"torch", "openvino", "training"}),
-        ("app.cli", {"torch", "openvino", "onnx", "training"}),
+        ("app.cli", {"torch", "openvino", "onnx", "training", "httpx2", "tqdm", "shtab"}),
+        ("app.client", {*WEB, "torch", "openvino", "app.engines", "app.settings", "training"}),
     ],
 )
 def test_a_module_does_not_pull_in_what_it_must_not(module: str, never: set[str]) -> None:
