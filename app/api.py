@@ -49,8 +49,7 @@ def body(schema: dict[str, Any]) -> dict[str, Any]:
     """OpenAPI for a body that the route reads itself, to bound it."""
     content = {"multipart/form-data": {"schema": schema}}
     if "file" in schema["properties"]:
-        kinds = ("image/jpeg", "image/png", "image/webp", "application/dicom")
-        content |= {kind: {"schema": IMAGE} for kind in kinds}
+        content["application/octet-stream"] = {"schema": IMAGE}  # generators know no bodies of image/jpeg
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -62,7 +61,7 @@ MANY_IMAGES = body(
 
 def build_router(service: Service, keys: KeyRing | None = None) -> APIRouter:  # noqa: PLR0915 - one closure a route
     """The routes over a service; with `keys` each asks for a key of its scope, health alone for none."""
-    router = APIRouter()
+    router = APIRouter(generate_unique_id_function=lambda route: route.name)  # what generated clients call it
     may_predict = guard(keys, "predict")
     metrics = service.metrics
     first = service.served.now.manifest  # what the description names; each request is held to the version it gets
@@ -298,6 +297,7 @@ def build_router(service: Service, keys: KeyRing | None = None) -> APIRouter:  #
         responses=REFUSALS,
         tags=["health"],
         response_class=PlainTextResponse,
+        name="metrics",
     )
     async def scrape() -> Response:
         """Prometheus text."""

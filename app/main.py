@@ -102,6 +102,11 @@ def current(settings: Settings) -> tuple[str, object]:
     return store.current(root, name), (root / name / "current").stat().st_mtime_ns
 
 
+def batch_size(settings: Settings, engine: Engine) -> int:
+    """Images per forward pass at most."""
+    return settings.max_batch or (8 if engine.device == "cpu" else 32)
+
+
 def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda _: None) -> FastAPI:
     """Load and warm the model, and build the server around it; raises as `open_model` does.
 
@@ -308,7 +313,7 @@ def start(settings: Settings, version: str, metrics: Metrics, tracing: "Tracing 
 
 def warm(settings: Settings, model: OpenModel) -> int:
     """Run every batch size that the version will have to; returns the largest."""
-    max_batch = settings.max_batch or (8 if model.engine.device == "cpu" else 32)
+    max_batch = batch_size(settings, model.engine)
     warm_up(model.engine, size=model.manifest.preprocessing.size, max_batch=max_batch)
     return max_batch
 

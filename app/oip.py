@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import APIRouter, Depends, Header, Path, Request, Response
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from numpy.typing import NDArray
 from pydantic import BaseModel, WithJsonSchema
 
@@ -124,9 +125,14 @@ def outputs(answers: list[Answer]) -> dict[OutputName, NDArray[Any]]:
     }
 
 
+def name_operation(route: APIRoute) -> str:
+    """What generated clients call a route: `v2_infer`, and `v2_infer_version` of one version."""
+    return f"v2_{route.name}{'_version' if '{version}' in route.path else ''}"
+
+
 def build_router(service: Service, keys: KeyRing | None = None) -> APIRouter:
     """The routes of the protocol; with `keys` each but health asks for a key of scope `predict`."""
-    router = APIRouter(tags=["open inference protocol"])
+    router = APIRouter(tags=["open inference protocol"], generate_unique_id_function=name_operation)
     may_predict = guard(keys, "predict")
     served_name = service.served.now.manifest.name
     content = {

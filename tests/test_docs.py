@@ -30,7 +30,18 @@ def test_every_route_is_in_the_readme(client: TestClient) -> None:
 
 
 def test_every_command_is_in_the_readme() -> None:
-    for command in ("serve", "predict", "explain", "dicom", "models", "export", "keys", "audit"):
+    for command in (
+        "serve",
+        "predict",
+        "explain",
+        "dicom",
+        "models",
+        "export",
+        "keys",
+        "audit",
+        "doctor",
+        "completion",
+    ):
         assert f"dermlens {command}" in README
         assert command in build_parser().format_help()
 

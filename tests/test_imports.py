@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import ROOT
 
 WEB = {"fastapi", "starlette", "uvicorn"}
+TRACING = {"app.tracing", "opentelemetry.sdk"}
 CLINICAL = {"pydicom", "highdicom", "jpeg_ls", "fhir"}  # of an extra
 
 
@@ -45,8 +46,9 @@ def loaded_by(module: str) -> set[str]:
         ("app.service", {"torch", "app.settings", "app.model.store", "training"}),
         ("app.model.quality", {*WEB, "torch", "PIL", "pydantic", "app.engines", "training"}),
         ("app.metrics", {*WEB, "torch", "openvino", "training"}),
-        ("app.main", {*CLINICAL, "torch", "openvino", "training", "app.tracing", "opentelemetry.sdk"}),
-        ("app.cli", {*CLINICAL, "torch", "openvino", "onnx", "training", "app.tracing", "opentelemetry.sdk"}),
+        ("app.main", {*CLINICAL, *TRACING, "torch", "openvino", "training"}),
+        ("app.cli", {*CLINICAL, *TRACING, "torch", "openvino", "onnx", "training", "httpx2", "tqdm", "shtab"}),
+        ("app.client", {*WEB, "torch", "openvino", "app.engines", "app.settings", "training"}),
     ],
 )
 def test_a_module_does_not_pull_in_what_it_must_not(module: str, never: set[str]) -> None:

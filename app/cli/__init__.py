@@ -6,7 +6,7 @@ import sys
 from pydantic import ValidationError
 
 from app.audit import AuditBroken, AuditFailed, AuditLocked
-from app.cli import audit, clinical, export, images, keys, models, serve
+from app.cli import audit, clinical, completion, doctor, explain, export, keys, models, predict, serve
 from app.engines.base import EngineUnavailable
 from app.model import store
 from app.model.labels import NOTICE
@@ -21,11 +21,13 @@ REFUSALS = (
     ValueError,
     OSError,
     RuntimeError,
+    ImportError,
 )
+INTERRUPTED = 130  # as a shell says of a command that SIGINT ended
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Exit codes: 0 done, 1 some file failed, 2 nothing could be done."""
+    """Exit codes: 0 done, 1 some file failed or a check did not pass, 2 could not start or go on, 130 interrupted."""
     options = build_parser().parse_args(arguments)
     try:
         overridable = ("host", "port", "operating_point", "coverage")
@@ -38,6 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
             sys.stderr.write(f"dermlens: {variable(name)}: {mistake['msg']}: correct it, or unset it for {default!r}\n")
     except REFUSALS as error:
         sys.stderr.write(f"dermlens: {error}\n")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     sys.exit(2)
 
 
@@ -45,6 +49,6 @@ def build_parser() -> argparse.ArgumentParser:
     """Every command; each sets `run`, which takes the options and the settings and gives the exit code."""
     parser = argparse.ArgumentParser(prog="dermlens", description="Skin-lesion inference. " + NOTICE)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (serve, images, clinical, models, export, keys, audit):
+    for group in (serve, predict, explain, clinical, models, export, keys, audit, doctor, completion):
         group.add(commands)
     return parser

@@ -3,10 +3,12 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from app.audit import AuditBroken, Secret, find, verify
+from app.cli.tell import tell
 from app.settings import Settings
 
 
@@ -16,6 +18,7 @@ def add(commands: Any) -> None:
     actions = audit.add_subparsers(required=True, metavar="ACTION")
     check = actions.add_parser("verify", help="exit code 1 where the log is not as it was written")
     check.add_argument("log", type=Path, metavar="PATH")
+    check.add_argument("--json", action="store_true", help="what was found as one JSON object")
     check.set_defaults(run=_audit_verify)
     look = actions.add_parser("find", help="the records of an image file, one JSON object a line")
     look.add_argument("image", type=Path, metavar="IMAGE")
@@ -31,10 +34,13 @@ def _audit_verify(options: argparse.Namespace, _: Settings) -> int:
         summary = verify(options.log, Secret(options.key_file.read_bytes()))
     except AuditBroken as error:
         sys.stderr.write(f"dermlens: {error}\n")
+        if options.json:
+            tell(options, "", log=str(options.log), sound=False, problem=str(error))
         return 1
-    print(
+    text = (
         f"{options.log}: {summary.records} records in {summary.files} files, {summary.first} to {summary.last}: sound"
     )
+    tell(options, text, log=str(options.log), sound=True, problem=None, **asdict(summary))
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from app.cli.tell import tell
 from app.engines.base import build_engine
 from app.main import current
 from app.model import store
@@ -46,6 +47,7 @@ def add(commands: Any) -> None:
         "--triton", type=Path, metavar="DIR", help="into this model repository of Triton, with its config"
     )
     export.add_argument("--version", metavar="V", help="in place of DERMLENS_MODEL_VERSION")
+    export.add_argument("--json", action="store_true", help="what was written as one JSON object")
     export.set_defaults(run=_export)
 
 
@@ -71,7 +73,8 @@ def _export(options: argparse.Namespace, settings: Settings) -> int:
     partial.write_bytes(model)
     os.replace(partial, output)
     agreement = f"its outputs are the server's within {strayed:.0e} of the largest value"
-    print(f"{output}: {title}, {len(model) / 1e6:.1f} MB, {agreement}. {NOTICE}")
+    text = f"{output}: {title}, {len(model) / 1e6:.1f} MB, {agreement}. {NOTICE}"
+    tell(options, text, output=str(output), name=manifest.name, version=manifest.version, strayed=float(strayed))
     return 0
 
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import Any, get_args
 
+from app.cli.tell import tell
 from app.security import Scope, new_key
 from app.settings import Settings
 
@@ -15,11 +16,13 @@ def add(commands: Any) -> None:
     new.add_argument("name", help="who will hold it; appears in logs")
     new.add_argument("--scope", action="append", dest="scopes", required=True, choices=get_args(Scope))
     new.add_argument("--per-minute", type=int, help="requests a minute at most")
+    new.add_argument("--json", action="store_true", help="the key and its entry as one JSON object on stdout")
     new.set_defaults(run=_new_key)
 
 
 def _new_key(options: argparse.Namespace, _: Settings) -> int:
     key = new_key(options.name, options.scopes, per_minute=options.per_minute)
-    sys.stderr.write(f"{key.secret}\n")
-    print(key.toml)
+    if not options.json:
+        sys.stderr.write(f"{key.secret}\n")
+    tell(options, key.toml, name=options.name, secret=key.secret, toml=key.toml)
     return 0

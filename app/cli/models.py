@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from app.cli.tell import tell
 from app.engines.base import warm_up
 from app.main import list_models, open_loaded
 from app.model import store
@@ -14,7 +15,6 @@ from app.settings import Settings
 def add(commands: Any) -> None:
     """Add `models` and its actions."""
     models = commands.add_parser("models", help="the published versions")
-    models.add_argument("--json", action="store_true", help="the manifests as JSON")
     models.set_defaults(run=_models)
     actions = models.add_subparsers(metavar="ACTION")
     for name, run, text in (
@@ -32,6 +32,10 @@ def add(commands: Any) -> None:
     prune = actions.add_parser("prune", help="delete old versions; the current and the previous one stay")
     prune.add_argument("--keep", type=int, default=3, help="newest versions to keep (default 3)")
     prune.set_defaults(run=_prune)
+    for parser in (models, *actions.choices.values()):
+        # What an action does not name, it must not take back from `models --json ACTION`
+        parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object a line")
+    models.set_defaults(json=False)
 
 
 def _models(options: argparse.Namespace, settings: Settings) -> int:
@@ -53,7 +57,8 @@ def _models(options: argparse.Namespace, settings: Settings) -> int:
 
 def _promote(options: argparse.Namespace, settings: Settings) -> int:
     store.promote(settings.model_store, settings.model_name, options.version)
-    print(f"{settings.model_name} {options.version} is current")
+    text = f"{settings.model_name} {options.version} is current"
+    tell(options, text, name=settings.model_name, version=options.version)
     return 0
 
 
@@ -75,23 +80,25 @@ def _publish(options: argparse.Namespace, settings: Settings) -> int:
     folder = store.adopt(root, package)
     if options.promote:
         store.promote(root, manifest.name, manifest.version)
-    print(f"published {folder}, {'and is current' if options.promote else 'but is not current: see models promote'}")
+    text = f"published {folder}, {'and is current' if options.promote else 'but is not current: see models promote'}"
+    tell(options, text, name=manifest.name, version=manifest.version, folder=str(folder), current=options.promote)
     return 0
 
 
-def _rollback(_: argparse.Namespace, settings: Settings) -> int:
+def _rollback(options: argparse.Namespace, settings: Settings) -> int:
     version = store.rollback(settings.model_store, settings.model_name)
-    print(f"{settings.model_name} {version} is current again")
+    tell(options, f"{settings.model_name} {version} is current again", name=settings.model_name, version=version)
     return 0
 
 
 def _verify(options: argparse.Namespace, settings: Settings) -> int:
     manifest = store.verify(settings.model_store, settings.model_name, options.version)
-    print(f"{manifest.name} {manifest.version}: {len(manifest.files)} files are as they were published")
+    text = f"{manifest.name} {manifest.version}: {len(manifest.files)} files are as they were published"
+    tell(options, text, name=manifest.name, version=manifest.version, files=len(manifest.files))
     return 0
 
 
 def _prune(options: argparse.Namespace, settings: Settings) -> int:
     removed = store.prune(settings.model_store, settings.model_name, keep=options.keep)
-    print(f"removed: {', '.join(removed) or 'nothing'}")
+    tell(options, f"removed: {', '.join(removed) or 'nothing'}", name=settings.model_name, removed=removed)
     return 0

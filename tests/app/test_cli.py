@@ -38,11 +38,13 @@ def image(tmp_path: Path, lesion: bytes) -> Path:
 
 
 def test_predict_prints_a_line_a_file_and_the_notice(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("predict", image, image) == 0
+    other = image.with_name("other.jpg")
+    other.write_bytes(image.read_bytes())
+    assert run("predict", image, other, image) == 0
     out, err = capsys.readouterr()
     first, second = out.splitlines()
-    assert first == second
     assert first.startswith(f"{image}: ")
+    assert second == first.replace(str(image), str(other))
     assert "malignant 0." in first
     assert "2 of 2 files classified" in err
     assert NOTICE in err
@@ -157,6 +159,39 @@ def test_models_marks_the_served_version(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out.startswith("* asff-resnet50 1")
     assert run("models", "--json") == 0
     assert json.loads(capsys.readouterr().out)["manifest"]["version"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("models", "verify", "1"), {"name": "asff-resnet50", "version": "1", "files": 2}),
+        (("models", "promote", "2"), {"name": "asff-resnet50", "version": "2"}),
+        (("models", "prune", "--keep", "1"), {"name": "asff-resnet50", "removed": []}),
+    ],
+)
+@pytest.mark.parametrize("place", [1, None])
+def test_every_action_speaks_json(
+    quick_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: tuple[str, ...],
+    says: dict[str, object],
+    place: int | None,
+) -> None:
+    monkeypatch.setenv("DERMLENS_MODEL_STORE", str(quick_store))
+    assert run(*command[:place], "--json", *(command[place:] if place else ())) == 0
+    assert json.loads(capsys.readouterr().out) == says
+
+
+def test_explain_and_keys_speak_json(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("explain", image, "-o", tmp_path / "x.png", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["output"] == str(tmp_path / "x.png")
+    assert told["target"] == told["label"]
+    assert run("keys", "new", "ward", "--scope", "predict", "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["secret"].startswith("dl_")
+    assert not err
 
 
 def test_models_lists_versions_where_none_is_current(

@@ -1,0 +1,67 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from app.cli import build_parser, main
+from app.security import new_key
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+def test_doctor_looks_at_everything(
+    careful_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "keys.toml").write_text(new_key("ward", ["predict"]).toml)
+    monkeypatch.setenv("DERMLENS_MODEL_STORE", str(careful_store))
+    monkeypatch.setenv("DERMLENS_API_KEYS", str(tmp_path / "keys.toml"))
+    monkeypatch.setenv("DERMLENS_MAX_BACH", "4")
+    assert run("doctor", "--json") == 0
+    findings = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(finding.keys() == {"check", "status", "detail"} for finding in findings)
+    told = {finding["check"]: finding for finding in findings}
+    assert told["settings"]["status"] == "advice"
+    assert "DERMLENS_MAX_BACH" in told["settings"]["detail"]
+    assert "1 keys" in told["keys"]["detail"]
+    assert told["model"]["status"] == "ok"
+    assert told["device"]["detail"].startswith("openvino on cpu in ")
+    assert "median" in told["decode of a 1024×768 JPEG"]["detail"]
+    assert "10th to 90th percentile" in told["forward pass of 8 images"]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("DERMLENS_MODEL_STORE", "/nowhere", "problem  model: no version of asff-resnet50 is current in /nowhere"),
+        ("DERMLENS_API_KEYS", "/nowhere", "problem  keys: /nowhere: No such file"),
+        ("DERMLENS_HOST", "0.0.0.0", "advice   keys: everybody who reaches 0.0.0.0 may call"),  # noqa: S104
+        ("DERMLENS_ENGINE", "cuda", "problem  engine: DERMLENS_ENGINE=cuda, but torch sees no CUDA device"),
+    ],
+)
+def test_doctor_names_what_is_wrong(
+    careful_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variable: str,
+    value: str,
+    says: str,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("DERMLENS_ENGINE", "cuda")  # which ends it before it measures speed
+    monkeypatch.setenv("DERMLENS_MODEL_STORE", str(careful_store))
+    monkeypatch.setenv(variable, value)
+    assert run("doctor") == 1
+    assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_learns_every_command(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("completion", shell) == 0
+    script = capsys.readouterr().out
+    for command in ("predict", "explain", "promote", "doctor", "operating-point", "overlays"):
+        assert command in script
+    assert build_parser().parse_args(["doctor"]).json is False
