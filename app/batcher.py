@@ -23,6 +23,8 @@ class Outputs(Protocol):
     def logits(self) -> NDArray[np.float32]: ...
     @property
     def cam(self) -> NDArray[np.float32]: ...
+    @property
+    def features(self) -> NDArray[np.float32] | None: ...
 
 
 class QueueFull(Exception):
@@ -55,6 +57,7 @@ class Result:
 
     logits: NDArray[np.float32]  # [K]
     cam: NDArray[np.float32]  # [K,H,W]
+    features: NDArray[np.float32] | None  # [C], what the head sees; None where the engine does not tell
     queue_s: float
     forward_s: float
     batch_size: int
@@ -343,7 +346,8 @@ class MicroBatcher:
         outputs = await self._on_device(lambda: self._compute(images))
         seconds = time.monotonic() - started
         self._seconds_per_image = 0.9 * self._seconds_per_image + 0.1 * seconds / len(batch)
+        rows = outputs.features if outputs.features is not None else [None] * len(batch)
         return [
-            Result(outputs.logits[row], outputs.cam[row], started - item.arrived, seconds, len(batch))
+            Result(outputs.logits[row], outputs.cam[row], rows[row], started - item.arrived, seconds, len(batch))
             for row, item in enumerate(batch)
         ]

@@ -31,6 +31,7 @@ from app.middleware import RequestContext
 from app.model import store
 from app.model.labels import NOTICE, check_choices
 from app.model.manifest import Manifest
+from app.model.out_of_distribution import Familiar
 from app.model.preprocess import decode
 from app.schemas import ModelInfo
 from app.security import PAGE_POLICY, KeyRing
@@ -50,6 +51,7 @@ evidence lies. ASFF ResNet-50 after [arXiv 2510.03876](https://arxiv.org/abs/251
 class OpenModel(NamedTuple):
     engine: Engine
     manifest: Manifest
+    familiar: Familiar | None
 
 
 def open_model(settings: Settings, version: str | None = None) -> OpenModel:
@@ -73,7 +75,7 @@ def open_loaded(settings: Settings, loaded: store.LoadedVersion) -> OpenModel:
         coverage=settings.coverage if manifest.abstention else None,
     )
     engine = build_engine(settings.engine, loaded, precision=settings.precision, threads=settings.cpu_threads)
-    return OpenModel(engine, manifest)
+    return OpenModel(engine, manifest, loaded.familiar)
 
 
 def current(settings: Settings) -> tuple[str, object]:
@@ -217,7 +219,7 @@ def open_decode_processes(settings: Settings) -> DecodeProcesses | None:
 
 def start(settings: Settings, version: str, metrics: Metrics) -> Running:
     """A version that is loaded, warm, and ready to take work; raises as `open_model` does."""
-    engine, manifest = model = open_model(settings, version)
+    engine, manifest, familiar = model = open_model(settings, version)
     max_batch = warm(settings, model)
     batcher = MicroBatcher(
         engine.run,
@@ -228,7 +230,7 @@ def start(settings: Settings, version: str, metrics: Metrics) -> Running:
         on_drop=lambda reason: metrics.dropped.labels(reason=reason).inc(),
         is_fatal=lambda error: isinstance(error, DeviceLost),
     )
-    return Running(engine, manifest, batcher)
+    return Running(engine, manifest, batcher, familiar)
 
 
 def warm(settings: Settings, model: OpenModel) -> int:
@@ -243,7 +245,7 @@ def start_shadow(settings: Settings, metrics: Metrics) -> Shadow | None:
     if settings.shadow_version is None:
         return None
     try:
-        engine, manifest = model = open_model(settings, settings.shadow_version)
+        engine, manifest, _ = model = open_model(settings, settings.shadow_version)
         max_batch = warm(settings, model)
     except Exception as error:  # of the store, of the engine's library: whatever it is, the served version serves
         LOG.error("no shadow: version %s cannot be loaded: %s", settings.shadow_version, error)

@@ -49,6 +49,12 @@ class Metrics:
             ["version"],
             registry=registry,
         )
+        self.concerns = Counter(
+            "dermlens_refer_reasons",
+            "Reasons for which predictions were referred: conformal, out_of_distribution, quality.",
+            ["reason", "version"],
+            registry=registry,
+        )
         self.rejected = Counter(
             "dermlens_rejected", "Requests or files refused, by problem.", ["reason"], registry=registry
         )

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.main import OpenModel, open_model
+from app.model.flips import Tta, flips, mean_cam, mean_logits
 from app.model.labels import NOTICE, PREDICTED, Judgement, check_choices, judge
+from app.model.out_of_distribution import score_of
 from app.model.overlay import METHODS, aim, render
 from app.model.preprocess import PREVIEW_SIDE, DecodedImage, ImageError, decode
+from app.model.quality import assess, measure
 from app.settings import Settings
 
 
@@ -33,7 +36,10 @@ def add(commands: Any) -> None:
     explain.set_defaults(run=_explain)
     for command in (predict, explain):
         command.add_argument("--operating-point", metavar="NAME", help="in place of DERMLENS_OPERATING_POINT")
-        command.add_argument("--coverage", help="in place of DERMLENS_COVERAGE; off never refers")
+        command.add_argument("--coverage", help="in place of DERMLENS_COVERAGE; off forms no set of plausible classes")
+        command.add_argument(
+            "--tta", choices=["none", "flips"], default="none", help="flips: mean of four mirror images"
+        )
 
 
 def _predict(options: argparse.Namespace, settings: Settings) -> int:
@@ -41,13 +47,18 @@ def _predict(options: argparse.Namespace, settings: Settings) -> int:
     check_choices(model.manifest, operating_point=options.operating_point, coverage=options.coverage)
     for path in options.files:
         try:
-            image, _, judgement = _see(path, model, settings)
+            image, _, judgement = _see(path, model, settings, tta=options.tta)
         except (ImageError, OSError) as error:
             failed += 1
             sys.stderr.write(f"{path}: {error}\n")
             continue
         if options.json:
-            row = asdict(judgement) | {"file": str(path), "warnings": image.warnings, "notice": NOTICE}
+            row = asdict(judgement) | {
+                "refer": judgement.refer,
+                "file": str(path),
+                "warnings": image.warnings,
+                "notice": NOTICE,
+            }
             print(json.dumps(row))
         else:
             chances = "  ".join(f"{name} {p:.3f}" for name, p in judgement.probabilities.items())
@@ -67,7 +78,7 @@ def _explain(options: argparse.Namespace, settings: Settings) -> int:
     )
     if not 0 <= options.alpha <= 1:
         raise ValueError("--alpha: give a number from 0 to 1")
-    image, cam, judgement = _see(options.file, model, settings, preview_side=PREVIEW_SIDE)
+    image, cam, judgement = _see(options.file, model, settings, tta=options.tta, preview_side=PREVIEW_SIDE)
     shown = aim(options.target, options.method, judgement=judgement, manifest=model.manifest)
     raw = cam[shown.index]
     if options.method != "gradcam":
@@ -80,7 +91,7 @@ def _explain(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _see(
-    path: Path, model: OpenModel, settings: Settings, *, preview_side: int = 0
+    path: Path, model: OpenModel, settings: Settings, *, tta: Tta, preview_side: int = 0
 ) -> tuple[DecodedImage, NDArray[np.float32], Judgement]:
     """Decode, run and judge one file; the map is float32[K,H,W]."""
     image = decode(
@@ -89,6 +100,16 @@ def _see(
         max_pixels=settings.max_pixels,
         preview_side=preview_side,
     )
-    logits, cam = model.engine.run(image.pixels[None])
-    judgement = judge(logits[0], model.manifest, settings.operating_point, coverage=settings.coverage)
-    return image, cam[0], judgement
+    quality = assess(measure(image.pixels))
+    seen = flips(image.pixels) if tta == "flips" else [image.pixels]
+    logits, cam, features = model.engine.run(np.stack(seen))
+    judgement = judge(
+        mean_logits(list(logits)),
+        model.manifest,
+        settings.operating_point,
+        coverage=settings.coverage,
+        score=score_of(None if features is None else features[0], model.familiar),
+        spoilt=quality.spoilt,
+    )
+    image = replace(image, warnings=(*image.warnings, *quality.warnings))
+    return image, mean_cam(list(cam)), judgement
