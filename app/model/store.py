@@ -213,7 +213,7 @@ def _assembled(manifest: Manifest, contents: Mapping[str, bytes]) -> LoadedVersi
         raise VersionDamaged(f"{manifest.name} {manifest.version}: {error}") from None
     except (SafetensorError, KeyError) as error:  # KeyError: a type that NumPy has not
         name = f"{manifest.name} {manifest.version}"
-        raise VersionDamaged(f"{name} has a file that is not safetensors: {error}") from None
+        raise VersionDamaged(f"{name} carries what is not a safetensors file: {error}") from None
 
 
 def unpack(folder: Path) -> Package:
