@@ -15,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from app import logs
 from app.clinical import fhir
 from app.errors import KINDS, report
+from app.model.flips import Tta
 from app.model.labels import OFF, PREDICTED, check_choices
 from app.model.manifest import Identifier
 from app.model.overlay import Method, Overlay, Style, aim, render
@@ -76,7 +77,7 @@ def build_router(service: Service, keys: KeyRing | None = None) -> APIRouter:  #
             str, Query(description="Where the decision's threshold lies.", json_schema_extra={"enum": points})
         ] = service.operating_point,
         coverage: Annotated[
-            str, Query(description="Of the abstention rule; `off` never refers.", json_schema_extra={"enum": coverages})
+            str, Query(description="Of the abstention rule; `off` forms no set.", json_schema_extra={"enum": coverages})
         ] = service.coverage,
         x_timeout_ms: Annotated[
             int, Header(ge=1, description="Milliseconds until a 504, where the server's own limit is later.")
@@ -84,6 +85,10 @@ def build_router(service: Service, keys: KeyRing | None = None) -> APIRouter:  #
         x_priority: Annotated[
             Literal["interactive", "batch"], Header(description="`batch` lets every interactive image go first.")
         ] = "interactive",
+        tta: Annotated[
+            Tta,
+            Query(description="`flips`: the mean over the image and its three mirror images, for four times the work."),
+        ] = "none",
     ) -> AsyncIterator[Rule]:
         """What answers this request, until it is answered; refused before its body is read where there is no place."""
         timeout_s = min(service.timeout_ms, x_timeout_ms) / 1000
@@ -99,8 +104,9 @@ def build_router(service: Service, keys: KeyRing | None = None) -> APIRouter:  #
                 coverage,
                 timeout_s,
                 background=x_priority == "batch",
+                tta=tta,
             )
-            running.batcher.refuse_if_full(timeout_s=timeout_s, background=rule.background)
+            running.batcher.refuse_if_full(rule.passes, timeout_s=timeout_s, background=rule.background)
             response.headers["X-Model-Version"] = running.manifest.version
             logs.note(model_version=running.manifest.version)
             yield rule

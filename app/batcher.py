@@ -24,6 +24,8 @@ class Outputs(Protocol):
     def logits(self) -> NDArray[np.float32]: ...
     @property
     def cam(self) -> NDArray[np.float32]: ...
+    @property
+    def features(self) -> NDArray[np.float32] | None: ...
 
 
 class QueueFull(Exception):
@@ -56,6 +58,7 @@ class Result:
 
     logits: NDArray[np.float32]  # [K]
     cam: NDArray[np.float32]  # [K,H,W]
+    features: NDArray[np.float32] | None  # [C], what the head sees; None where the engine does not tell
     queue_s: float  # until its batch left the queue
     batch_s: float  # from there until the device had it
     forward_s: float
@@ -358,10 +361,12 @@ class MicroBatcher:
             outputs = await self._on_device(compute)
         ended = time.monotonic()
         self._seconds_per_image = 0.9 * self._seconds_per_image + 0.1 * (ended - taken) / len(batch)
+        features = outputs.features if outputs.features is not None else [None] * len(batch)
         return [
             Result(
                 logits=outputs.logits[row],
                 cam=outputs.cam[row],
+                features=features[row],
                 queue_s=taken - item.arrived,
                 batch_s=begun - taken,
                 forward_s=ended - begun,

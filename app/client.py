@@ -24,6 +24,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from pydantic import TypeAdapter, ValidationError
 
 from app.files import images_in
+from app.model.flips import Tta
 from app.model.overlay import Method, Style
 from app.schemas import BatchItem, Explanation, Health, Models, Prediction, Problem
 
@@ -114,6 +115,7 @@ class AsyncClient:
         timeout_s: for one call with all its tries, seconds; the server is told what is left of it.
         background: let everybody else's images go first (`X-Priority: batch`).
         operating_point, coverage: of the decision; None for the server's own.
+        tta: `flips` for the mean of four mirror images, at four times the work.
         max_batch_files, max_batch_bytes: limits of the server's /predict/batch. Larger batches are halved when refused.
 
     Raises:
@@ -129,6 +131,7 @@ class AsyncClient:
         background: bool = False,
         operating_point: str | None = None,
         coverage: str | None = None,
+        tta: Tta = "none",
         max_batch_files: int = 32,
         max_batch_bytes: int = 100_000_000,
     ) -> None:
@@ -138,7 +141,7 @@ class AsyncClient:
         self._url = url
         self._http = httpx2.AsyncClient(base_url=url, headers=headers, timeout=httpx2.Timeout(None, connect=CONNECT_S))
         self._timeout_s = timeout_s
-        self._rule = {"operating_point": operating_point, "coverage": coverage}
+        self._rule = {"operating_point": operating_point, "coverage": coverage, "tta": None if tta == "none" else tta}
         self._max_batch_files = max_batch_files
         self._max_batch_bytes = max_batch_bytes
 

@@ -58,6 +58,12 @@ class Metrics:
             ["version"],
             registry=registry,
         )
+        self.concerns = Counter(
+            "dermlens_refer_reasons",
+            "Reasons for which predictions were referred: conformal, out_of_distribution, quality.",
+            ["reason", "version"],
+            registry=registry,
+        )
         self.positive_probability = Histogram(
             "dermlens_positive_probability",
             "Calibrated probability of the last class, malignant.",

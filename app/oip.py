@@ -110,6 +110,7 @@ def make_rule(service: Service, asked: InferParameters, running: Running) -> Rul
         asked.coverage or service.coverage,
         min(service.timeout_ms / 1000, asked.timeout / 1e6 if asked.timeout else math.inf),
         background=asked.priority == 2,
+        tta=asked.tta,
     )
 
 
@@ -121,6 +122,7 @@ def outputs(answers: list[Answer]) -> dict[OutputName, NDArray[Any]]:
         "probabilities": np.array([list(judgement.probabilities.values()) for judgement in judgements], dtype="<f4"),
         "label": np.array([judgement.label for judgement in judgements]),
         "refer": np.array([judgement.refer for judgement in judgements]),
+        "refer_because": np.array([",".join(judgement.refer_because) for judgement in judgements]),
         "cam": np.stack([answer.result.cam for answer in answers]).astype("<f4"),
     }
 

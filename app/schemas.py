@@ -1,10 +1,11 @@
 """What the HTTP API says, as JSON."""
 
+from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from app.model.labels import NOTICE, Judgement
+from app.model.labels import NOTICE, Concern, Judgement
 from app.model.manifest import Manifest, Probability
 from app.model.overlay import Method
 from app.model.preprocess import DecodedImage
@@ -15,14 +16,27 @@ class ModelRef(BaseModel):
     version: str
 
 
+class OutOfDistribution(BaseModel):
+    """How unlike the training images the image is."""
+
+    score: float = Field(description="Near 1 for a training image.")
+    threshold: float
+    flagged: bool = Field(description="The score is above the threshold.")
+
+
 class Decision(BaseModel):
     """The answer at one operating point, and whether a person should look instead."""
 
     operating_point: str | None = Field(description="Null, like the next two, for a model with more than two classes.")
     threshold: Probability | None
     positive: bool | None
-    refer: bool = Field(description="The model abstains: `prediction_set` does not hold exactly one class.")
+    refer: bool = Field(description="A person should look instead, for what `refer_because` names.")
+    refer_because: list[Concern] = Field(
+        description="`conformal`: `prediction_set` does not hold exactly one class; `out_of_distribution`: the image "
+        "is unlike what the model knows; `quality`: it is so spoilt that the model errs more."
+    )
     reasons: list[str] = Field(description="Why it refers, or how a set of one class differs from the label.")
+    out_of_distribution: OutOfDistribution | None = Field(description="Null where the version does not measure it.")
     prediction_set: list[str] | None = Field(
         description="The classes that stay plausible at this coverage, maybe none; null where no rule was applied."
     )
@@ -129,12 +143,15 @@ def prediction_fields(
     judgement: Judgement, image: DecodedImage, *, manifest: Manifest, request_id: str
 ) -> dict[str, Any]:
     """The fields that `Prediction` and `Explanation` share."""
+    novelty = judgement.out_of_distribution
     decision = Decision(
         operating_point=None if judgement.threshold is None else judgement.operating_point,
         threshold=judgement.threshold,
         positive=judgement.positive,
         refer=judgement.refer,
+        refer_because=list(judgement.refer_because),
         reasons=list(judgement.reasons),
+        out_of_distribution=None if novelty is None else OutOfDistribution(**asdict(novelty)),
         prediction_set=None if judgement.prediction_set is None else list(judgement.prediction_set),
         coverage=judgement.coverage,
     )

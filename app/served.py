@@ -12,6 +12,7 @@ from anyio import to_thread
 from app.batcher import MicroBatcher
 from app.engines.base import Engine
 from app.model.manifest import Manifest
+from app.model.out_of_distribution import Familiar
 
 LOG = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Running:
     engine: Engine
     manifest: Manifest
     batcher: MicroBatcher
+    familiar: Familiar | None = None  # what an image's score is computed from, where the version has it
     users: int = 0  # requests that were begun with it
     unused: asyncio.Event = field(default_factory=asyncio.Event)
 

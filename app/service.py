@@ -4,7 +4,8 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from anyio import CapacityLimiter, to_thread
@@ -14,10 +15,12 @@ from app import logs
 from app.audit import AuditLog
 from app.batcher import DeadlineExceeded, Result
 from app.metrics import Metrics
+from app.model.flips import AXES, Tta, flips, mean_cam, mean_logits
 from app.model.labels import Judgement, judge
 from app.model.manifest import Manifest
+from app.model.out_of_distribution import score_of
 from app.model.preprocess import DecodedImage
-from app.model.quality import measure
+from app.model.quality import Quality, assess, measure
 from app.schemas import ModelInfo
 from app.served import Running, Served
 from app.shadow import Compare
@@ -43,10 +46,16 @@ class Rule:
     coverage: str
     timeout_s: float
     background: bool
+    tta: Tta = "none"
+
+    @property
+    def passes(self) -> int:
+        """Places that an image takes."""
+        return len(AXES) if self.tta == "flips" else 1
 
     def admit(self, images: int = 1) -> AbstractContextManager[None]:
         """As `MicroBatcher.admit`, for images that have been read."""
-        return self.running.batcher.admit(images, timeout_s=self.timeout_s, background=self.background)
+        return self.running.batcher.admit(images * self.passes, timeout_s=self.timeout_s, background=self.background)
 
 
 @dataclass(frozen=True)
@@ -108,17 +117,19 @@ class Service:
             ImageError, DeadlineExceeded, AuditFailed, or what `MicroBatcher.submit` raises.
         """
         started = time.monotonic()
-        manifest, batcher = rule.running.manifest, rule.running.batcher
+        manifest = rule.running.manifest
         size = manifest.preprocessing.size
 
-        def decode() -> DecodedImage:
+        def look() -> tuple[DecodedImage, Quality]:
             image = self.decode(data, size=size, max_pixels=self.max_pixels, preview_side=preview_side)
-            self.metrics.saw(image, measure(image.pixels))
-            return image
+            measures = measure(image.pixels)
+            self.metrics.saw(image, measures)
+            quality = assess(measures)
+            return replace(image, warnings=(*image.warnings, *quality.warnings)), quality
 
         try:
             async with asyncio.timeout(rule.timeout_s):  # who waits for a thread in vain is never decoded
-                image = await self.in_worker("decode", decode)
+                image, quality = await self.in_worker("decode", look)
         except asyncio.CancelledError:
             self.metrics.dropped.labels(reason="client_gone").inc()
             raise
@@ -126,22 +137,44 @@ class Service:
             self.metrics.dropped.labels(reason="deadline").inc()
             raise DeadlineExceeded(f"not decoded within {rule.timeout_s:g} s: allow more time, or try again") from None
         left_s = rule.timeout_s - (time.monotonic() - started)
-        result = await batcher.submit(image.pixels, timeout_s=left_s, background=rule.background)
+        result = await self._run(image, rule, timeout_s=left_s)
         self.took("queue", result.queue_s)
         self.took("batch", result.batch_s)
         self.took("forward", result.forward_s)
         if self.tracing is not None:
             self.tracing.ran(result)
         self.metrics.batch_size.observe(result.batch_size)
-        judgement = judge(result.logits, manifest, rule.operating_point, coverage=rule.coverage)
+        judgement = judge(
+            result.logits,
+            manifest,
+            rule.operating_point,
+            coverage=rule.coverage,
+            score=score_of(result.features, rule.running.familiar),
+            spoilt=quality.spoilt,
+        )
         self.metrics.predictions.labels(label=judgement.label, version=manifest.version).inc()
         self.metrics.referred.labels(version=manifest.version).inc(judgement.refer)
         self.metrics.positive_probability.labels(version=manifest.version).observe(
             judgement.probabilities[manifest.classes[-1]]
         )
+        for concern in judgement.refer_because:
+            self.metrics.concerns.labels(reason=concern, version=manifest.version).inc()
         await self._record(request, data, judgement, manifest)
         self.compare(image.pixels, judgement, rule.running)
         return Answer(image, result, judgement)
+
+    async def _run(self, image: DecodedImage, rule: Rule, *, timeout_s: float) -> Result:
+        """What the device says; with `tta` the mean of four that wait together, and the image's own features."""
+        submit = partial(rule.running.batcher.submit, timeout_s=timeout_s, background=rule.background)
+        if rule.tta == "none":
+            return await submit(image.pixels)
+        results = await asyncio.gather(*(submit(flipped) for flipped in flips(image.pixels)))
+        return replace(  # the times of the one that waited longest
+            max(results, key=lambda result: result.ended),
+            logits=mean_logits([result.logits for result in results]),
+            cam=mean_cam([result.cam for result in results]),
+            features=results[0].features,
+        )
 
     async def _record(self, request: Request, data: bytes, judgement: Judgement, manifest: Manifest) -> None:
         """No answer is given without its record in the audit log, where there is one."""
@@ -159,6 +192,7 @@ class Service:
             "operating_point": judgement.operating_point,
             "positive": judgement.positive,
             "refer": judgement.refer,
+            "refer_because": judgement.refer_because,
         }
         # Not among the workers that decode: it waits for the disk
         number = await to_thread.run_sync(lambda: audit.append(data, **entry))

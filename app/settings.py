@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     page: bool = Field(True, description="Whether the web page is served, at /.")
     operating_point: str = Field("balanced", description="Operating point for decisions, from the manifest.")
     coverage: Literal["off", "0.90", "0.95"] = Field(
-        "0.95", description="Coverage of the abstention rule, where the version has one; `off` never refers."
+        "0.95", description="Coverage of the abstention rule, where the version has one; `off` forms no set."
     )
     engine: EngineName = Field("auto", description="`auto` takes CUDA where there is one, else OpenVINO on the CPU.")
     precision: Literal["auto"] | Precision = Field(

@@ -13,15 +13,18 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 from starlette.responses import Response
 
+from app.model.flips import Tta
 from app.upload import BodyTooLarge, MalformedUpload
 
-OutputName = Literal["logits", "probabilities", "label", "refer", "cam"]
-DEFAULT: tuple[OutputName, ...] = ("logits", "probabilities", "label", "refer")  # maps are asked for by name
+OutputName = Literal["logits", "probabilities", "label", "refer", "refer_because", "cam"]
+# Maps are asked for by name
+DEFAULT: tuple[OutputName, ...] = ("logits", "probabilities", "label", "refer", "refer_because")
 DATATYPES: Mapping[OutputName, str] = {
     "logits": "FP32",
     "probabilities": "FP32",
     "label": "BYTES",
     "refer": "BOOL",
+    "refer_because": "BYTES",
     "cam": "FP32",
 }
 JSON_MARKS = b",[{"  # each value of a JSON text but the first comes after one of them
@@ -68,7 +71,8 @@ class OutputTensor(_Part):
 
 class InferParameters(_Parameters):
     operating_point: str | None = Field(None, description="Where the decision's threshold lies.")
-    coverage: str | None = Field(None, description="Of the abstention rule; `off` never refers.")
+    coverage: str | None = Field(None, description="Of the abstention rule; `off` forms no set.")
+    tta: Tta = Field("none", description="`flips`: the mean over the image and its three mirror images.")
     timeout: int = Field(0, ge=0, lt=2**63, description="Microseconds until a 504; 0 for the server's own limit.")
     priority: int = Field(0, ge=0, le=2, description="2 lets every image of priority 1 go first; 0 is 1.")
     binary_data_output: bool = Field(False, description="Outputs come after the JSON.")

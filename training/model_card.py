@@ -85,10 +85,32 @@ referred.
 | coverage asked for | share of each class whose set holds it | referred |
 | --- | --- | --- |
 {rules}
-{_int8(manifest)}
+{_refusal(manifest)}{_int8(manifest)}
 ## Limits
 
 {_list(LIMITS)}
+"""
+
+
+def _refusal(manifest: Manifest) -> str:
+    """What becomes of images that are no dermoscopy, where the version measures it."""
+    limits = manifest.out_of_distribution
+    if limits is None:
+        return ""
+    rows = "\n".join(f"| {kind} | {value:.4f} |" for kind, value in limits.auroc.items())
+    flagged = ", ".join(f"{share:.1%} of `{source}`" for source, share in limits.flagged.items())
+    return f"""
+## Images that it does not know
+
+An image whose pooled features lie too far from those of the training images is referred ({limits.fitted_on}).
+Of held-out dermoscopy that flags {flagged}. AUROC of foreign images against held-out dermoscopy, by kind:
+
+| kind | AUROC |
+| --- | --- |
+{rows}
+
+They are pictures that software packages carry, and drawn ones. Clinical photographs of skin without a lesion were not
+to be had, so nothing is known about those.
 """
 
 

@@ -112,6 +112,17 @@ def gates_figure(quantiles: Mapping[str, tuple[Sequence[float], Sequence[float]]
     return png(figure)
 
 
+def spread_figure(values: Mapping[str, Sequence[float]], *, title: str) -> bytes:
+    """A box of half of each kind's values, whiskers at 1% and 99%, on a logarithmic scale with a line at 1."""
+    figure = new_figure(9, 0.32 * len(values) + 1.4, title)
+    axes = figure.subplots()
+    names = list(values)[::-1]
+    axes.boxplot([values[name] for name in names], orientation="horizontal", whis=(1, 99), sym=".", tick_labels=names)
+    axes.set(xscale="log")
+    axes.axvline(1, color="tab:red", linestyle="--")
+    return png(figure)
+
+
 def new_figure(width: float, height: float, title: str) -> "Figure":
     """An empty figure of that size in inches; drawn without a screen."""
     from matplotlib.figure import Figure

@@ -67,6 +67,7 @@ def write_report(folder: Path) -> None:
     sections = [
         _held_out_section(manifest, predictions, report),
         _decision_section(manifest),
+        _refusal_section(manifest, report),
         _elsewhere_section(manifest, predictions, report),
         _comparison_section(report),
         _robustness_section(report),
@@ -127,6 +128,42 @@ def _decision_section(manifest: Manifest) -> str:
         + "<p>Abstention: class-conditional conformal prediction. An image whose set does not hold exactly one class "
         "is referred.</p>" + _table(["coverage", *(f"{name}: covered" for name in manifest.classes), "referred"], rules)
     )
+
+
+def _refusal_section(manifest: Manifest, report: Path) -> str:
+    """What the version does with images that are no dermoscopy, and with spoilt ones."""
+    limits, parts = manifest.out_of_distribution, []
+    if limits is not None and (report / "ood.csv").is_file():
+        rows = [
+            [row["kind"], row["images"], f"{float(row['auroc']):.4f}" if row["auroc"] else "", _share(row["flagged"])]
+            for row in read_rows(report / "ood.csv")
+        ]
+        scores: dict[str, list[float]] = {}
+        for row in read_rows(report / "ood_scores.csv"):
+            scores.setdefault(row["kind"], []).append(float(row["score"]))
+        picture = {"ood.png": plots.spread_figure(scores, title="Score, as a multiple of the threshold")}
+        methods = read_rows(report / "ood_methods.csv")
+        parts.append(
+            f"<p>Distance of the pooled features from the training images; {html.escape(limits.fitted_on)}. AUROC is "
+            "against held-out dermoscopy at home; an image above the threshold is referred. The foreign images are "
+            "pictures that packages carry, and drawn ones: no clinical photograph of skin is among them.</p>"
+            + _table(["kind", "images", "AUROC", "flagged"], rows)
+            + _pictures(report, picture)
+            + "<p>What else was tried, on foreign images from other sources:</p>"
+            + _table(list(methods[0]), [list(row.values()) for row in methods])
+        )
+    for name, words in (
+        ("quality.csv", "Held-out images, spoilt in five strengths, and bands beyond each limit of the quality gate."),
+        ("tta.csv", "Test-time augmentation with the four flips, on the same held-out images; differences are paired."),
+    ):
+        if (report / name).is_file():
+            found = read_rows(report / name)
+            parts.append(f"<p>{words}</p>" + _table(list(found[0]), [list(row.values()) for row in found]))
+    return "<h2>When it does not answer</h2>" + "".join(parts) if parts else ""
+
+
+def _share(text: str) -> str:
+    return f"{float(text):.1%}"
 
 
 def _elsewhere_section(manifest: Manifest, predictions: Predictions, report: Path) -> str:

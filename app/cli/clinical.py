@@ -7,9 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from app.clinical.dicom import decode
+from app.cli.see import judged, read, run
 from app.main import open_model
-from app.model.labels import NOTICE, PREDICTED, judge
+from app.model.labels import NOTICE, PREDICTED
 from app.model.overlay import aim, render
 from app.model.preprocess import PREVIEW_SIDE
 from app.settings import Settings
@@ -29,20 +29,16 @@ def _dicom(options: argparse.Namespace, settings: Settings) -> int:
         raise ValueError("nothing to write: give --sr OUT.dcm, --overlay OUT.dcm or both")
     out = _dicom_out()
     model, source = open_model(settings), options.file.read_bytes()
-    image = decode(
-        source,
-        size=model.manifest.preprocessing.size,
-        max_pixels=settings.max_pixels,
-        preview_side=PREVIEW_SIDE,
-        unbounded=True,
-    )
-    logits, cam = model.engine.run(image.pixels[None])
-    judgement = judge(logits[0], model.manifest, settings.operating_point, coverage=settings.coverage)
+    image = read(source, model, settings, preview_side=PREVIEW_SIDE)
+    [output] = run([image], model, tta="none")
+    judgement = judged(image, output, model, settings)
     if options.sr:
         options.sr.write_bytes(out.structured_report(source, judgement, model.manifest))
     if options.overlay:
         shown = aim(PREDICTED, "gradcam", judgement=judgement, manifest=model.manifest)
-        overlay = render(cam[0][shown.index], image.preview, style="overlay", alpha=0.6, description=shown.description)
+        overlay = render(
+            output.cam[shown.index], image.preview, style="overlay", alpha=0.6, description=shown.description
+        )
         picture = out.secondary_capture(source, overlay.png, model.manifest, description=shown.description)
         options.overlay.write_bytes(picture)
     chances = "  ".join(f"{name} {p:.3f}" for name, p in judgement.probabilities.items())

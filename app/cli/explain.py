@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from app.cli.see import judged, read, run
 from app.cli.tell import tell
-from app.clinical.dicom import decode
 from app.main import open_model
-from app.model.labels import NOTICE, PREDICTED, check_choices, judge
+from app.model.labels import NOTICE, PREDICTED, check_choices
 from app.model.overlay import METHODS, aim, render
 from app.model.preprocess import PREVIEW_SIDE
 from app.settings import Settings
@@ -23,7 +23,8 @@ def add(commands: Any) -> None:
     explain.add_argument("--style", choices=["overlay", "heatmap", "side-by-side"], default="overlay")
     explain.add_argument("--alpha", type=float, default=0.6, help="opacity at the peak, 0..1")
     explain.add_argument("--operating-point", metavar="NAME", help="in place of DERMLENS_OPERATING_POINT")
-    explain.add_argument("--coverage", help="in place of DERMLENS_COVERAGE; off never refers")
+    explain.add_argument("--coverage", help="in place of DERMLENS_COVERAGE; off forms no set of plausible classes")
+    explain.add_argument("--tta", choices=["none", "flips"], default="none", help="flips: mean of four mirror images")
     explain.add_argument("--json", action="store_true", help="what was drawn, as a JSON object")
     explain.set_defaults(run=_explain)
 
@@ -38,17 +39,11 @@ def _explain(options: argparse.Namespace, settings: Settings) -> int:
     )
     if not 0 <= options.alpha <= 1:
         raise ValueError("--alpha: give a number from 0 to 1")
-    image = decode(
-        options.file.read_bytes(),
-        size=model.manifest.preprocessing.size,
-        max_pixels=settings.max_pixels,
-        preview_side=PREVIEW_SIDE,
-        unbounded=True,
-    )
-    logits, cam = model.engine.run(image.pixels[None])
-    judgement = judge(logits[0], model.manifest, settings.operating_point, coverage=settings.coverage)
+    image = read(options.file.read_bytes(), model, settings, preview_side=PREVIEW_SIDE)
+    [output] = run([image], model, tta=options.tta)
+    judgement = judged(image, output, model, settings)
     shown = aim(options.target, options.method, judgement=judgement, manifest=model.manifest)
-    raw = cam[0][shown.index]
+    raw = output.cam[shown.index]
     if options.method != "gradcam":
         raw = model.engine.attribute(image.pixels, options.method, target=shown.index)
     overlay = render(raw, image.preview, style=options.style, alpha=options.alpha, description=shown.description)

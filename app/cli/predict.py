@@ -18,10 +18,11 @@ import numpy as np
 
 from app.batcher import NotFinite
 from app.cli.results import Rule, Table, row_of
-from app.clinical.dicom import decode
+from app.cli.see import judged, read, run
 from app.files import images_in
 from app.main import OpenModel, batch_size, open_model
-from app.model.labels import NOTICE, OFF, PREDICTED, check_choices, judge
+from app.model.flips import Tta
+from app.model.labels import NOTICE, OFF, PREDICTED, check_choices
 from app.model.overlay import aim, render
 from app.model.preprocess import PREVIEW_SIDE, DecodedImage, ImageError
 from app.schemas import Explanation, Prediction, prediction_fields
@@ -55,7 +56,8 @@ def add(commands: Any) -> None:
     predict.add_argument("--restart", action="store_true", help="start the CSV file over")
     predict.add_argument("--overlays", type=Path, metavar="FOLDER", help="write a picture of each image's evidence")
     predict.add_argument("--operating-point", metavar="NAME", help="in place of DERMLENS_OPERATING_POINT")
-    predict.add_argument("--coverage", help="in place of DERMLENS_COVERAGE; off never refers")
+    predict.add_argument("--coverage", help="in place of DERMLENS_COVERAGE; off forms no set of plausible classes")
+    predict.add_argument("--tta", choices=["none", "flips"], default="none", help="flips: mean of four mirror images")
     predict.add_argument("--json", action="store_true", help="one JSON object a file")
     predict.add_argument("--url", help="ask a running server in place of loading the model")
     predict.add_argument("--api-key-file", type=Path, metavar="FILE", help="holds the server's API key")
@@ -120,7 +122,7 @@ class _Report:
                 _write(overlay, scored.png)
             except OSError as error:
                 outcome = error
-        row = row_of(scored.path, outcome, overlay)
+        row = row_of(scored.path, outcome, overlay, tta=self._options.tta)
         if self._table is not None:
             self._table.add(row)
         if self._options.json:
@@ -198,24 +200,20 @@ def _engine(options: argparse.Namespace, settings: Settings, workers: int, _: Ex
     check_choices(manifest, operating_point=options.operating_point, coverage=options.coverage)
 
     def score(paths: list[Path]) -> Iterator[Scored]:
-        return _score(paths, model, settings, workers=workers, draw=options.overlays is not None)
+        return _score(paths, model, settings, workers=workers, draw=options.overlays is not None, tta=options.tta)
 
-    rule = _rule(settings, manifest.version, operating_points=manifest.operating_points, coverages=manifest.abstention)
+    rule = _rule(settings, manifest.version, options.tta, manifest.operating_points, manifest.abstention)
     return Source(rule, list(manifest.classes), score)
 
 
-def _score(paths: list[Path], model: OpenModel, settings: Settings, *, workers: int, draw: bool) -> Iterator[Scored]:
+def _score(
+    paths: list[Path], model: OpenModel, settings: Settings, *, workers: int, draw: bool, tta: Tta
+) -> Iterator[Scored]:
     """Classify files in their order: threads decode ahead of the engine, which runs batches."""
-    manifest, max_batch = model.manifest, batch_size(settings, model.engine)
+    max_batch = batch_size(settings, model.engine)
 
-    def read(path: Path) -> DecodedImage:
-        return decode(
-            path.read_bytes(),
-            size=manifest.preprocessing.size,
-            max_pixels=settings.max_pixels,
-            preview_side=PREVIEW_SIDE if draw else 0,
-            unbounded=True,
-        )
+    def open_image(path: Path) -> DecodedImage:
+        return read(path.read_bytes(), model, settings, preview_side=PREVIEW_SIDE if draw else 0)
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     waiting = iter(paths)
@@ -223,38 +221,39 @@ def _score(paths: list[Path], model: OpenModel, settings: Settings, *, workers: 
     try:
         while True:
             ahead = islice(waiting, 2 * max_batch + workers - len(reading))
-            reading.extend((path, pool.submit(read, path)) for path in ahead)
+            reading.extend((path, pool.submit(open_image, path)) for path in ahead)
             if not reading:
                 return
             batch = [reading.popleft() for _ in range(min(max_batch, len(reading)))]
-            yield from _run_batch(batch, model, settings, draw=draw)
+            yield from _run_batch(batch, model, settings, draw=draw, tta=tta)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _run_batch(
-    batch: list[tuple[Path, Future[DecodedImage]]], model: OpenModel, settings: Settings, *, draw: bool
+    batch: list[tuple[Path, Future[DecodedImage]]], model: OpenModel, settings: Settings, *, draw: bool, tta: Tta
 ) -> Iterator[Scored]:
     """The results of one batch, in its order; what cannot be read is not run."""
     images = [future.result() for _, future in batch if not future.exception()]
-    logits, cams = model.engine.run(np.stack([image.pixels for image in images])) if images else ((), ())
-    results = zip(images, logits, cams, strict=True)
+    results = zip(images, run(images, model, tta=tta), strict=True)
     for path, future in batch:
         if error := future.exception():
             if not isinstance(error, (ImageError, OSError)):
                 raise error
             yield Scored(path, error)
             continue
-        image, scores, cam = next(results)
-        if not np.isfinite(scores).all():
+        image, output = next(results)
+        if not np.isfinite(output.logits).all():
             yield Scored(path, NotFinite("the model gave no finite answer"))
             continue
-        judgement = judge(scores, model.manifest, settings.operating_point, coverage=settings.coverage)
+        judgement = judged(image, output, model, settings)
         prediction = Prediction(**prediction_fields(judgement, image, manifest=model.manifest, request_id=""))
         png = b""
         if draw:
             shown = aim(PREDICTED, "gradcam", judgement=judgement, manifest=model.manifest)
-            picture = render(cam[shown.index], image.preview, style="overlay", alpha=0.6, description=shown.description)
+            picture = render(
+                output.cam[shown.index], image.preview, style="overlay", alpha=0.6, description=shown.description
+            )
             png = picture.png
         yield Scored(path, prediction, png)
 
@@ -266,7 +265,7 @@ def _server(options: argparse.Namespace, settings: Settings, workers: int, stack
     key = options.api_key_file.read_text().strip() if options.api_key_file else None
     timeout_s = settings.timeout_ms / 1000
 
-    def connect(**rule: str | None) -> Client:
+    def connect(**rule: Any) -> Client:
         client = Client(options.url, api_key=key, background=True, timeout_s=timeout_s, **rule)
         return stack.enter_context(client)
 
@@ -277,13 +276,15 @@ def _server(options: argparse.Namespace, settings: Settings, workers: int, stack
     rule = _rule(
         settings,
         manifest["version"],
-        operating_points=manifest["operating_points"],
-        coverages=manifest.get("abstention", {}),
+        options.tta,
+        manifest["operating_points"],
+        manifest.get("abstention", {}),
     )
     # What was asked for is the server's to refuse; a default that its version can make nothing of is left out
     client = connect(
         operating_point=options.operating_point or rule.operating_point or None,
         coverage=options.coverage or rule.coverage or (OFF if settings.coverage == OFF else None),
+        tta=options.tta,
     )
 
     def score(paths: list[Path]) -> Iterator[Scored]:
@@ -295,10 +296,12 @@ def _server(options: argparse.Namespace, settings: Settings, workers: int, stack
     return Source(rule, manifest["classes"], score)
 
 
-def _rule(settings: Settings, version: str, *, operating_points: Iterable[str], coverages: Iterable[str]) -> Rule:
+def _rule(
+    settings: Settings, version: str, tta: Tta, operating_points: Iterable[str], coverages: Iterable[str]
+) -> Rule:
     """What the rows of this run will say of their rule."""
     point, coverage = settings.operating_point, settings.coverage
-    return Rule(version, point if point in operating_points else "", coverage if coverage in coverages else "")
+    return Rule(version, point if point in operating_points else "", coverage if coverage in coverages else "", tta)
 
 
 def _say(text: str) -> None:

@@ -6,16 +6,17 @@ import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from app.model.flips import Tta
 from app.model.labels import NOTICE
 from app.schemas import Prediction
 
 ABOUT_FILE = ("file", "size_bytes", "modified")
-ABOUT_RULE = ("version", "operating_point", "coverage")
+ABOUT_RULE = ("version", "operating_point", "coverage", "tta")
 FORMULA_STARTS = (
     "=+-@\t\r\n＝＋－＠'"  # of a cell that a spreadsheet computes (OWASP, CSV injection), and the mark itself
 )
@@ -28,18 +29,31 @@ class Rule:
     version: str
     operating_point: str
     coverage: str
+    tta: str
 
 
-def row_of(path: Path, outcome: Prediction | Exception, overlay: Path | None = None) -> dict[str, Any]:
+def row_of(
+    path: Path, outcome: Prediction | Exception, overlay: Path | None = None, *, tta: Tta = "none"
+) -> dict[str, Any]:
     """One file's result with stable fields, as `--json` prints it; of what failed all but the first two are null."""
-    fields = ("model", "version", "label", "probabilities", "operating_point", "threshold", "positive", "coverage")
-    more = ("prediction_set", "refer", "reasons", "width", "height", "format", "warnings", "overlay", "request_id")
-    row: dict[str, Any] = {"file": str(path), "error": None} | dict.fromkeys(fields + more) | {"notice": NOTICE}
+    said = ("model", "version", "label", "probabilities", "operating_point", "threshold", "positive", "coverage", "tta")
+    referral = ("prediction_set", "refer", "refer_because", "reasons", "out_of_distribution_score")
+    about = ("width", "height", "format", "warnings", "overlay", "request_id")
+    row: dict[str, Any] = (
+        {"file": str(path), "error": None} | dict.fromkeys(said + referral + about) | {"notice": NOTICE}
+    )
     if isinstance(outcome, Exception):
         return row | {"error": str(outcome)}
     told = outcome.model_dump(include={"label", "probabilities", "decision", "image", "request_id"})
-    about = {"model": outcome.model.name, "version": outcome.model.version, "overlay": overlay and str(overlay)}
-    return {**row, **told.pop("decision"), **told.pop("image"), **told, **about}
+    novelty = told["decision"].pop("out_of_distribution")
+    asked = {
+        "model": outcome.model.name,
+        "version": outcome.model.version,
+        "tta": tta,
+        "out_of_distribution_score": novelty and novelty["score"],
+        "overlay": overlay and str(overlay),
+    }
+    return {**row, **told.pop("decision"), **told.pop("image"), **told, **asked}
 
 
 class Table(AbstractContextManager["Table"]):
@@ -74,7 +88,7 @@ class Table(AbstractContextManager["Table"]):
 
     def done(self, path: Path, rule: Rule, *, overlay: Path | None) -> bool:
         """Whether the file, as it is now, was judged by this rule before, and drawn where `overlay` says."""
-        row = self._done.get((*about_file(path).values(), rule.version, rule.operating_point, rule.coverage))
+        row = self._done.get((*about_file(path).values(), *astuple(rule)))
         return row is not None and (overlay is None or (row["overlay"] == cell(str(overlay)) and overlay.is_file()))
 
     def add(self, row: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ class Output(NamedTuple):
 
     logits: NDArray[np.float32]  # [B,K]
     cam: NDArray[np.float32]  # [B,K,H,W], signed, before ReLU
+    features: NDArray[np.float32] | None = None  # [B,C], what the head sees; None from an older int8 graph
 
 
 class Engine(Protocol):

@@ -40,7 +40,7 @@ class CudaEngine:
         self._slots = Slots(_Slot(model, size=size, buckets=buckets) for _ in range(self.in_flight))
 
     def run(self, images: NDArray[np.uint8]) -> Output:
-        """uint8[B,3,S,S] -> logits float32[B,K] and cam float32[B,K,S/16,S/16]; from any thread.
+        """uint8[B,3,S,S] -> `Output`, the map float32[B,K,S/16,S/16]; from any thread.
 
         Raises:
             DeviceLost: the process has to be replaced.
@@ -52,7 +52,7 @@ class CudaEngine:
             if context_lost(error):
                 raise DeviceLost(str(error)) from error
             raise
-        return Output(np.concatenate([o.logits for o in done]), np.concatenate([o.cam for o in done]))
+        return Output(*(np.concatenate(arrays) for arrays in zip(*done, strict=True)))
 
     def attribute(self, image: NDArray[np.uint8], method: Method, *, target: int) -> NDArray[np.float32]:
         """As `TorchEngine.attribute`; its network is built for the call, since few ask for it."""
@@ -77,17 +77,16 @@ class _Slot:
         self._staging = self._pinned.numpy()
         self._input = torch.zeros(shape, dtype=torch.uint8, device="cuda")
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._outputs: dict[int, tuple[Tensor, Tensor]] = {}
-        self._answers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._outputs: dict[int, list[Tensor]] = {}
+        self._answers: dict[int, list[Tensor]] = {}  # pinned, as the outputs
         pool: GraphPool = None
         for bucket in sorted(buckets, reverse=True):  # the largest first, so that the others fit into its memory
             pool = self._capture(model, bucket, pool)
 
     def _capture(self, model: LesionNet, bucket: int, pool: GraphPool) -> GraphPool:
-        def forward() -> tuple[Tensor, Tensor]:
+        def forward() -> list[Tensor]:
             batch = self._input[:bucket].contiguous(memory_format=torch.channels_last)
-            logits, cam = model(batch)
-            return logits.float(), cam.float()
+            return [output.float() for output in model(batch)]
 
         self._compute.wait_stream(torch.cuda.current_stream())
         with torch.inference_mode(), torch.cuda.stream(self._compute):
@@ -97,8 +96,7 @@ class _Slot:
             with torch.cuda.graph(graph, pool=pool, stream=self._compute):
                 self._outputs[bucket] = forward()
         self._graphs[bucket] = graph
-        logits, cam = self._outputs[bucket]
-        self._answers[bucket] = (torch.empty(logits.shape, pin_memory=True), torch.empty(cam.shape, pin_memory=True))
+        self._answers[bucket] = [torch.empty(output.shape, pin_memory=True) for output in self._outputs[bucket]]
         return graph.pool()
 
     def run(self, images: NDArray[np.uint8]) -> Output:
@@ -115,5 +113,4 @@ class _Slot:
                     answer.copy_(output, non_blocking=True)
                 self._done.record()
         self._done.synchronize()
-        logits, cam = (answer[: len(images)].numpy().copy() for answer in self._answers[bucket])
-        return Output(logits, cam)
+        return Output(*(answer[: len(images)].numpy().copy() for answer in self._answers[bucket]))

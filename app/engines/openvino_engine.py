@@ -37,13 +37,15 @@ class OpenVinoEngine:
             graph = core.read_model(*version.int8)
         else:
             graph = build_graph(version.manifest, version.weights)
+        self._outputs = Output._fields[: len(graph.outputs)]  # int8 graphs were once stored without the features
+        if version.familiar and "features" not in self._outputs:
+            raise ValueError(f"{graph.get_friendly_name()} in int8 gives no features: run training.quantize again")
         self._request = core.compile_model(graph, "CPU", options).create_infer_request()
 
     def run(self, images: NDArray[np.uint8]) -> Output:
-        """uint8[B,3,S,S] -> logits float32[B,K] and cam float32[B,K,S/16,S/16]."""
+        """uint8[B,3,S,S] -> `Output`, the map float32[B,K,S/16,S/16]."""
         self._request.infer([images], share_inputs=True)
-        logits, cam = (self._request.get_tensor(name).data.copy() for name in ("logits", "cam"))
-        return Output(logits, cam)
+        return Output(*(self._request.get_tensor(name).data.copy() for name in self._outputs))
 
     def attribute(self, image: NDArray[np.uint8], method: Method, *, target: int) -> NDArray[np.float32]:
         """As `TorchEngine.attribute`, whose network the first call builds."""

@@ -43,11 +43,10 @@ class TorchEngine:
         self._model = model.to(self._torch_device).to(memory_format=torch.channels_last)
 
     def run(self, images: NDArray[np.uint8]) -> Output:
-        """uint8[B,3,S,S] -> logits float32[B,K] and cam float32[B,K,S/16,S/16]; bytes cross to the device."""
+        """uint8[B,3,S,S] -> `Output`, the map float32[B,K,S/16,S/16]; bytes cross to the device."""
         with torch.inference_mode():
             batch = torch.from_numpy(images).to(self._torch_device).contiguous(memory_format=torch.channels_last)
-            logits, cam = self._model(batch)
-            return Output(logits.cpu().numpy(), cam.cpu().numpy())
+            return Output(*(output.cpu().numpy() for output in self._model(batch)))
 
     def attribute(self, image: NDArray[np.uint8], method: Method, *, target: int) -> NDArray[np.float32]:
         """uint8[3,S,S] -> signed map of the evidence for class `target`, in the CAM's target and logits.

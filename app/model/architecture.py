@@ -22,10 +22,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Output(NamedTuple):
-    """What a forward pass gives; a tuple, so that exporters see two plain outputs."""
+    """What a forward pass gives; a tuple, so that exporters see plain outputs."""
 
     logits: Tensor  # float32[B,K]
     cam: Tensor  # float32[B,K,H,W], signed, before ReLU and normalisation
+    features: Tensor  # float32[B,C], what the head sees: the mean of the explained map
 
 
 class Trunk(nn.Module):
@@ -91,9 +92,10 @@ class PooledHead(nn.Module):
         self.fc2 = nn.Linear(hidden, classes)
 
     def forward(self, features: Tensor) -> Output:
-        """float[B,C,H,W] -> logits and, for each class, its signed class-activation map."""
-        hidden = self.fc1(features.mean(dim=(2, 3)))
-        return Output(self.fc2(F.relu(hidden)), self.explain(features, hidden))
+        """float[B,C,H,W] -> logits, for each class its signed class-activation map, and the pooled features."""
+        pooled = features.mean(dim=(2, 3))
+        hidden = self.fc1(pooled)
+        return Output(self.fc2(F.relu(hidden)), self.explain(features, hidden), pooled)
 
     @torch.no_grad()
     def explain(self, features: Tensor, hidden: Tensor) -> Tensor:

@@ -1,19 +1,34 @@
 """From logits to what a person is told: calibrated probabilities, a decision, and when to refer instead."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from app.model.manifest import Manifest
+from app.model.manifest import Abstention, Manifest
 
 NOTICE = "Research use only. Not a medical device."
 OFF = "off"  # the coverage at which nothing is referred
 PREDICTED = "predicted"  # the target that follows the decision
+FOREIGN = "the image is unlike the dermoscopic images that the model knows: its score is {:.2f} times the limit"
+
+
+Concern = Literal["conformal", "out_of_distribution", "quality"]  # why a person should look instead
 
 
 class UnknownChoice(ValueError):
     """An operating point, coverage or target that the version does not have."""
+
+
+@dataclass(frozen=True)
+class Novelty:
+    """How unlike the training images an image is."""
+
+    score: float  # near 1 for a training image
+    threshold: float
+    flagged: bool
 
 
 @dataclass(frozen=True)
@@ -27,8 +42,14 @@ class Judgement:
     positive: bool | None
     coverage: str | None = None  # of the prediction set; None where no abstention rule was applied
     prediction_set: tuple[str, ...] | None = None  # the classes that stay plausible, maybe none; None without a rule
-    refer: bool = False  # the set does not hold exactly one class
+    refer_because: tuple[Concern, ...] = ()  # conformal: the set does not hold exactly one class
     reasons: tuple[str, ...] = ()  # why it refers, or how the set differs from the label; for a person to read
+    out_of_distribution: Novelty | None = None  # None: this version or engine does not tell
+
+    @property
+    def refer(self) -> bool:
+        """Whether a person should look instead."""
+        return bool(self.refer_because)
 
 
 def calibrate(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
@@ -55,17 +76,28 @@ def check_choices(
             raise UnknownChoice(f"no {kind} {chosen!r}: this version has {', '.join(known) or 'none'}")
 
 
-def judge(logits: NDArray[np.float32], manifest: Manifest, operating_point: str, *, coverage: str) -> Judgement:
+def judge(
+    logits: NDArray[np.float32],
+    manifest: Manifest,
+    operating_point: str,
+    *,
+    coverage: str,
+    score: float | None = None,
+    spoilt: Sequence[str] = (),
+) -> Judgement:
     """Probabilities, decision and referral for the logits [K] of one image; the last of two classes is the positive.
 
     A class is in the prediction set iff its probability reaches its own quantile, so that of each class's images,
-    about `coverage` have it in their set, however rare the class. The set alone decides on referral, as the manifest's
-    `refer_rate` was measured. The operating point is a separate choice, of how many false alarms a missed malignancy
-    is worth, so it may disagree with a set of one class: `sensitivity-95` says malignant where only benign is
-    plausible. Then the label still follows the operating point, nothing is referred, and a reason says so.
+    about `coverage` have it in their set, however rare the class. The set decides on referral as the manifest's
+    `refer_rate` was measured; an image that is foreign or spoilt is referred whatever its set, also without a rule.
+    The operating point is a separate choice, of how many false alarms a missed malignancy is worth, so it may disagree
+    with a set of one class: `sensitivity-95` says malignant where only benign is plausible. Then the label still
+    follows the operating point, the set refers nothing, and a reason says so.
 
     Args:
-        coverage: key of `manifest.abstention`; any other, `off` among them, applies no rule and never refers.
+        coverage: key of `manifest.abstention`; with any other, `off` among them, no set is formed.
+        score: of `out_of_distribution.Familiar`; None where it is not known.
+        spoilt: what is so wrong with the image that its answer is not to be relied on, in words.
     """
     probabilities = calibrate(logits, manifest.temperature)
     by_class = {name: float(p) for name, p in zip(manifest.classes, probabilities, strict=True)}
@@ -80,14 +112,32 @@ def judge(logits: NDArray[np.float32], manifest: Manifest, operating_point: str,
         positive=positive,
     )
     rule = manifest.abstention.get(coverage)
-    if rule is None:
-        return answer
-    plausible = tuple(name for name, p in by_class.items() if p >= rule.quantiles[name])
+    if rule is not None:
+        answer = _with_set(answer, rule, coverage)
+    limits = manifest.out_of_distribution
+    if limits is not None and score is not None:
+        novelty = Novelty(score, limits.threshold, flagged=score > limits.threshold)
+        answer = replace(answer, out_of_distribution=novelty)
+        if novelty.flagged:
+            answer = _refer(answer, "out_of_distribution", FOREIGN.format(score / limits.threshold))
+    for reason in spoilt:
+        answer = _refer(answer, "quality", reason)
+    return answer
+
+
+def _refer(answer: Judgement, concern: Concern, reason: str) -> Judgement:
+    concerns = dict.fromkeys((*answer.refer_because, concern))
+    return replace(answer, refer_because=tuple(concerns), reasons=(*answer.reasons, reason))
+
+
+def _with_set(answer: Judgement, rule: Abstention, coverage: str) -> Judgement:
+    """The answer with its prediction set, and referred where that does not hold exactly one class."""
+    plausible = tuple(name for name, p in answer.probabilities.items() if p >= rule.quantiles[name])
     return replace(
         answer,
         coverage=coverage,
         prediction_set=plausible,
-        refer=len(plausible) != 1,
+        refer_because=("conformal",) if len(plausible) != 1 else (),
         reasons=_reasons(plausible, answer, at=f"plausible at {float(coverage):.0%} coverage"),
     )
 

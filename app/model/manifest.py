@@ -76,6 +76,21 @@ class Comparison(Part):
     shipped: bool  # whether int8 was close enough to be in `files`
 
 
+class OutOfDistribution(Part):
+    """When an image is too unlike the training images to be answered: `out_of_distribution.Familiar` and a threshold.
+
+    The flagged shares are of dermoscopy that nothing was trained on, AUROC of foreign images against it.
+    """
+
+    method: Literal["ppca-mahalanobis"]
+    threshold: float = Field(gt=0)  # on the score; above it the image is flagged
+    fitted_on: str  # statistics and threshold, in words
+    flagged: dict[
+        str, Probability
+    ]  # folder of dermoscopy -> share flagged; cross-fitted where the threshold is from it
+    auroc: dict[str, Probability]  # kind of foreign image -> AUROC; "all" is over every one of them
+
+
 class Split(Part):
     """Where the metrics come from."""
 
@@ -104,11 +119,12 @@ class Manifest(Part):
     preprocessing: Preprocessing
     temperature: float = Field(gt=0)
     operating_points: dict[str, OperatingPoint]  # empty with more than two classes
-    abstention: dict[Coverage, Abstention] = {}  # "0.95" -> the rule for that coverage; empty: never refers
+    abstention: dict[Coverage, Abstention] = {}  # "0.95" -> the rule for that coverage; empty: no set is formed
     metrics: dict[str, Metric]
     external_metrics: dict[str, dict[str, Metric]] = {}  # data set that the split knows nothing of -> its metrics
     calibrated_on: str = ""  # where temperature, operating points and abstention were fitted, in words
     quantization: Comparison | None = None  # None: int8 was not tried
+    out_of_distribution: OutOfDistribution | None = None  # None: nothing is flagged
     split: Split
     training_config: dict[str, Any]
     git_commit: str

@@ -21,9 +21,10 @@ Weights = dict[str, NDArray[np.generic]]
 
 
 def build_graph(manifest: Manifest, weights: Mapping[str, NDArray[np.generic]]) -> ov.Model:
-    """Input uint8[B,3,S,S] RGB, B free; outputs `logits` float32[B,K] and `cam` float32[B,K,S/16,S/16].
+    """Input uint8[B,3,S,S] RGB, B free; outputs `logits` float32[B,K], `cam` float32[B,K,S/16,S/16] and
+    `features` float32[B,1024].
 
-    Without a gate, the plain baseline, the map is [B,K,S/32,S/32].
+    Without a gate, the plain baseline, the map is [B,K,S/32,S/32] and the features are 2048.
 
     Raises:
         ValueError: the weights do not fit the architecture that the manifest names.
@@ -103,9 +104,10 @@ def _fuse(conv4: Node, conv5: Node, left: Weights, gate: Gate, *, side: int) -> 
 
 
 def _head(features: Node, left: Weights) -> list[ov.Output]:
-    """`PooledHead`: logits, and Grad-CAM in closed form."""
+    """`PooledHead`: logits, Grad-CAM in closed form, and the pooled features."""
     w1, w2 = _take(left, "head.fc1.weight"), _take(left, "head.fc2.weight")
-    hidden = op.add(op.matmul(op.reduce_mean(features, PLANE), w1, False, True), _take(left, "head.fc1.bias"))
+    pooled = op.reduce_mean(features, PLANE)
+    hidden = op.add(op.matmul(pooled, w1, False, True), _take(left, "head.fc1.bias"))
     logits = op.add(op.matmul(op.relu(hidden), w2, False, True), _take(left, "head.fc2.bias"))
     margins = w2 - (w2.sum(axis=0) - w2) / (len(w2) - 1)  # of a class over the mean of the others
     active = op.unsqueeze(op.convert(op.greater(hidden, np.float32(0)), ov.Type.f32), np.array(1))
@@ -114,7 +116,7 @@ def _head(features: Node, left: Weights) -> list[ov.Output]:
     flat = op.reshape(features, np.array([0, 0, height * width]), special_zero=True)
     cam = op.divide(op.matmul(gradient, flat, False, False, name="cam.map"), np.float32(height * width))
     cam = op.reshape(cam, np.array([0, 0, height, width]), special_zero=True)
-    return [_named(logits, "logits"), _named(cam, "cam")]
+    return [_named(logits, "logits"), _named(cam, "cam"), _named(pooled, "features")]
 
 
 def _linear(x: Node, left: Weights, name: str) -> Node:

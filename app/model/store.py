@@ -27,6 +27,8 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from app.model.manifest import FileRecord, Identifier, Manifest, NewerSchema
+from app.model.out_of_distribution import FILE as FAMILIAR
+from app.model.out_of_distribution import Familiar, from_arrays
 
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest.json.sha256"
@@ -71,6 +73,7 @@ class LoadedVersion:
     manifest: Manifest
     weights: dict[str, NDArray[np.generic]]  # as stored: float16 matrices, float32 vectors
     int8: Int8Graph | None = None
+    familiar: Familiar | None = None  # what a score is computed from; None: the version flags nothing
 
 
 @dataclass(frozen=True)
@@ -225,17 +228,22 @@ def load(root: Path, name: str, version: str) -> LoadedVersion:
 
 
 def _contents(folder: Path, manifest: Manifest) -> dict[str, bytes]:
-    """Every file that the manifest lists, verified; the weights once, even where it forgets them."""
-    return {file: _read_verified(folder, file, manifest) for file in dict.fromkeys((WEIGHTS, *manifest.files))}
+    """Every file that the manifest lists, verified; those that are needed once, even where it forgets them."""
+    needed = (WEIGHTS, FAMILIAR) if manifest.out_of_distribution else (WEIGHTS,)
+    return {file: _read_verified(folder, file, manifest) for file in dict.fromkeys((*needed, *manifest.files))}
 
 
 def _assembled(manifest: Manifest, contents: Mapping[str, bytes]) -> LoadedVersion:
     int8 = Int8Graph(*(contents[file] for file in INT8)) if set(INT8) <= set(contents) else None
     try:
-        return LoadedVersion(manifest, safetensors.numpy.load(contents[WEIGHTS]), int8)
+        weights = safetensors.numpy.load(contents[WEIGHTS])
+        familiar = from_arrays(safetensors.numpy.load(contents[FAMILIAR])) if manifest.out_of_distribution else None
+        return LoadedVersion(manifest, weights, int8, familiar)
+    except ValueError as error:
+        raise VersionDamaged(f"{manifest.name} {manifest.version}: {error}") from None
     except (SafetensorError, KeyError) as error:  # KeyError: a type that NumPy has not
         name = f"{manifest.name} {manifest.version}"
-        raise VersionDamaged(f"{WEIGHTS} of {name} is not a safetensors file: {error}") from None
+        raise VersionDamaged(f"{name} carries what is not a safetensors file: {error}") from None
 
 
 def unpack(folder: Path) -> Package:

@@ -20,6 +20,7 @@ from app.batcher import DeadlineExceeded, DeviceFailed, MicroBatcher, NotFinite,
 class Outputs(NamedTuple):
     logits: NDArray[np.float32]
     cam: NDArray[np.float32]
+    features: NDArray[np.float32] | None = None
 
 
 class Device:

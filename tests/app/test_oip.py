@@ -138,7 +138,8 @@ def test_without_a_choice_all_but_the_maps_come(client: InferenceServerClient, s
     by_client = client.infer(NAME, [tensor([lesion])]).get_response()
     by_hand = httpx2.post(server + INFER, json=request([lesion])).json()
     for answer in (by_client, by_hand):
-        assert [output["name"] for output in answer["outputs"]] == ["logits", "probabilities", "label", "refer"]
+        names = ["logits", "probabilities", "label", "refer", "refer_because"]
+        assert [output["name"] for output in answer["outputs"]] == names
         assert (answer["model_name"], answer["model_version"]) == (NAME, "1")
         assert "Not a medical device" in answer["parameters"]["notice"]
         assert "id" not in answer

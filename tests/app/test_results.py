@@ -4,7 +4,7 @@ import pytest
 
 from app.cli.results import Rule, Table, cell, row_of
 
-RULE = Rule("1", "", "")
+RULE = Rule("1", "", "", "")
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "＝", "'"])
@@ -29,7 +29,7 @@ def test_a_name_that_is_no_text_is_found_again(tmp_path: Path) -> None:
     (tmp_path / "out.csv").read_text(encoding="utf-8")
     with Table(tmp_path / "out.csv", ["a"]) as table:
         assert table.done(image, RULE, overlay=None)
-        assert not table.done(image, Rule("2", "", ""), overlay=None)
+        assert not table.done(image, Rule("2", "", "", ""), overlay=None)
 
 
 def test_two_runs_do_not_write_to_one_file(tmp_path: Path) -> None:

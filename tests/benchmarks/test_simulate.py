@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from concurrent.futures import Executor
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from simulate import BUSY, LATE, OK, Answer, fitted, outcome, simulate
 
 from app.batcher import DeadlineExceeded, MicroBatcher, QueueFull
+from app.engines.base import Output
 
 
 def poisson(rate: float, seconds: float, seed: int = 0) -> list[float]:
@@ -73,11 +74,6 @@ class Clock(asyncio.SelectorEventLoop):
         return self.create_task(asyncio.sleep(self.work_s, result))
 
 
-class Outputs(NamedTuple):
-    logits: NDArray[np.float32]
-    cam: NDArray[np.float32]
-
-
 def served_by_the_batcher(
     arrived: list[float], service_s: Callable[[int], float], monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> list[Answer]:
@@ -85,9 +81,9 @@ def served_by_the_batcher(
     clock = Clock()
     monkeypatch.setattr("app.batcher.time", SimpleNamespace(monotonic=clock.time))
 
-    def engine(images: NDArray[np.uint8]) -> Outputs:
+    def engine(images: NDArray[np.uint8]) -> Output:
         clock.work_s = service_s(len(images))
-        return Outputs(np.zeros((len(images), 2), np.float32), np.zeros((len(images), 2, 1, 1), np.float32))
+        return Output(np.zeros((len(images), 2), np.float32), np.zeros((len(images), 2, 1, 1), np.float32))
 
     async def request(batcher: MicroBatcher, at: float) -> Answer:
         await asyncio.sleep(at - clock.time())

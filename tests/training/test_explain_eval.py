@@ -45,7 +45,8 @@ class Seeing(nn.Module):
         evidence = F.softplus((cells - self.threshold) / 10)
         score = evidence.mean(dim=(1, 2)) - 0.3
         shown = self.shown(images, evidence)
-        return Output(torch.stack([-score, score], dim=1), torch.stack([-shown, shown], dim=1).detach())
+        maps = torch.stack([-shown, shown], dim=1).detach()
+        return Output(torch.stack([-score, score], dim=1), maps, evidence.flatten(1))
 
     def shown(self, _images: Tensor, evidence: Tensor) -> Tensor:
         return evidence
@@ -73,7 +74,8 @@ class Patches(nn.Module):
         cams = torch.einsum("kc,bchw->bkhw", self.head.weight, features)
         if self.blind:
             cams = F.avg_pool2d(images.float().mean(dim=1, keepdim=True), 4).expand(-1, 2, -1, -1)
-        return Output(self.head(features.mean(dim=(2, 3))), cams.detach())
+        pooled = features.mean(dim=(2, 3))
+        return Output(self.head(pooled), cams.detach(), pooled)
 
 
 def bright_spots(count: int = 24) -> Sample:
@@ -251,7 +253,8 @@ def test_a_contact_sheet_without_photographs_holds_none_of_their_pixels() -> Non
     class Fixed(Seeing):
         def forward(self, images: Tensor) -> Output:
             ramp = torch.linspace(-1, 1, CELLS).expand(len(images), 2, CELLS, CELLS)
-            return Output(torch.tensor([[0.0, 1.0]]).repeat(len(images), 1), ramp)
+            logits = torch.tensor([[0.0, 1.0]]).repeat(len(images), 1)
+            return Output(logits, ramp, logits)
 
     toy, sample = network(Fixed()), bright_spots(6)
     other = replace(sample, images=255 - sample.images)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from app.model import store
-from app.model.manifest import Abstention, Metric
+from app.model.manifest import Abstention, Metric, OutOfDistribution
+from app.model.out_of_distribution import FILE
 from tests.conftest import NAME, ROOT, make_manifest
 from training.calibrate import cross_fitted
 from training.config import load_config
@@ -125,6 +126,36 @@ def test_evidence_that_a_version_carries_is_shown(tmp_path: Path) -> None:
     assert "77" in page
     assert (folder / "report" / "gates.png").is_file()
     assert "### `isic2019`" in (folder / "MODEL_CARD.md").read_text()
+
+
+def test_when_it_does_not_answer_is_shown(tmp_path: Path) -> None:
+    limits = OutOfDistribution(
+        method="ppca-mahalanobis",
+        threshold=1.5,
+        fitted_on="40 training images",
+        flagged={"none": 0.0123},
+        auroc={"photograph": 0.9876},
+    )
+    files = {
+        "report/ood.csv": table(
+            [
+                {"kind": "none", "images": 40, "foreign": False, "auroc": "", "flagged": 0.0123},
+                {"kind": "photograph", "images": 9, "foreign": True, "auroc": 0.9876, "flagged": 0.75},
+            ]
+        ),
+        "report/ood_scores.csv": table([{"kind": k, "score": s} for k in ("none", "photograph") for s in (0.5, 2)]),
+        "report/ood_methods.csv": table([{"method": "another", "auroc": 0.9}]),
+        "report/quality.csv": table([{"group": "blur 5", "images": 40, "accuracy": 0.7654}]),
+    }
+    folder = publish(tmp_path, files | {FILE: b""}, out_of_distribution=limits)
+    write_report(folder)
+    page = (folder / "report" / "report.html").read_text()
+    for figure in ("0.9876", "1.2%", "75.0%", "another", "0.7654"):
+        assert figure in page
+    assert (folder / "report" / "ood.png").read_bytes().startswith(b"\x89PNG")
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert "| photograph | 0.9876 |" in card
+    assert "1.2% of `none`" in card
 
 
 def test_a_verdict_follows_the_tests() -> None:

@@ -28,7 +28,9 @@ def test_the_engine_gives_what_the_network_gives(loaded: LoadedVersion) -> None:
         expected = from_version(loaded.manifest, loaded.weights)(torch.from_numpy(images))
     assert np.allclose(output.logits, expected.logits, atol=1e-4)
     assert np.allclose(output.cam, expected.cam, atol=1e-4 * float(expected.cam.abs().max()))
-    assert output.logits.dtype == output.cam.dtype == np.float32
+    assert output.features is not None
+    assert np.allclose(output.features, expected.features, atol=1e-4)
+    assert output.logits.dtype == output.cam.dtype == output.features.dtype == np.float32
 
 
 @pytest.mark.parametrize("driver", [True, False])
@@ -139,7 +141,8 @@ class DarkBlock(torch.nn.Module):
     def forward(self, images: torch.Tensor) -> Output:
         self.batches.append(len(images))
         dark = 255 - images[:, :, 16:32, 32:48].mean(dim=(1, 2, 3))
-        return Output(torch.stack([torch.zeros_like(dark), dark], dim=1), torch.zeros(len(images), 2, 4, 4))
+        logits = torch.stack([torch.zeros_like(dark), dark], dim=1)
+        return Output(logits, torch.zeros(len(images), 2, 4, 4), dark[:, None])
 
 
 @pytest.mark.parametrize("method", ["integrated-gradients", "occlusion"])

@@ -32,6 +32,10 @@ def test_it_gives_what_torch_gives(loaded: LoadedVersion, engine: OpenVinoEngine
     ours, theirs = engine.run(images(3)), build_engine("torch", loaded).run(images(3))
     assert np.allclose(ours.logits, theirs.logits, atol=1e-4)
     assert np.allclose(ours.cam, theirs.cam, atol=1e-4 * np.abs(theirs.cam).max())
+    assert ours.features is not None
+    assert theirs.features is not None
+    assert ours.features.shape == (3, 1024)
+    assert np.allclose(ours.features, theirs.features, atol=1e-4 * np.abs(theirs.features).max())
     assert ours.logits.dtype == ours.cam.dtype == np.float32
 
 

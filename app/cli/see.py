@@ -1,0 +1,57 @@
+"""What a command that has loaded a model does with images: decode, run and judge, as the server would."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from app.clinical.dicom import decode
+from app.engines.base import Output
+from app.main import OpenModel
+from app.model.flips import Tta, flips, mean_cam, mean_logits
+from app.model.labels import Judgement, judge
+from app.model.out_of_distribution import score_of
+from app.model.preprocess import DecodedImage
+from app.model.quality import assess, measure
+from app.settings import Settings
+
+
+def read(data: bytes, model: OpenModel, settings: Settings, *, preview_side: int = 0) -> DecodedImage:
+    """Decode a file, and add what is wrong with the picture to its warnings; raises `ImageError`."""
+    image = decode(
+        data,
+        size=model.manifest.preprocessing.size,
+        max_pixels=settings.max_pixels,
+        preview_side=preview_side,
+        unbounded=True,
+    )
+    return replace(image, warnings=(*image.warnings, *assess(measure(image.pixels)).warnings))
+
+
+def run(images: Sequence[DecodedImage], model: OpenModel, *, tta: Tta) -> list[Output]:
+    """The outputs for each image, without the axis of the batch; with `tta` the mean of its four."""
+    if tta == "none":
+        batch = [model.engine.run(np.stack([image.pixels for image in images]))] if images else []
+        return [
+            Output(output.logits[row], output.cam[row], None if output.features is None else output.features[row])
+            for output in batch
+            for row in range(len(images))
+        ]
+    fours = [model.engine.run(np.stack(flips(image.pixels))) for image in images]
+    own = [None if four.features is None else four.features[0] for four in fours]
+    return [
+        Output(mean_logits(list(four.logits)), mean_cam(list(four.cam)), features)
+        for four, features in zip(fours, own, strict=True)
+    ]
+
+
+def judged(image: DecodedImage, output: Output, model: OpenModel, settings: Settings) -> Judgement:
+    """The answer for an image that has been run."""
+    return judge(
+        output.logits,
+        model.manifest,
+        settings.operating_point,
+        coverage=settings.coverage,
+        score=score_of(output.features, model.familiar),
+        spoilt=assess(measure(image.pixels)).spoilt,
+    )
