@@ -35,8 +35,6 @@ from training.report import PREDICTIONS, write_report
 
 AXES = 64  # directions with a variance of their own; docs/decisions/015
 FLAGGED = 0.01  # of any folder of held-out dermoscopy; the bar is 0.02 on images that come later
-    0.01  # share of any folder's held-out dermoscopy above the threshold; the bar is 0.02 on images that come later
-)
 NEIGHBOURS = 10
 BATCH = 16
 SCORES, SUMMARY, METHODS = "ood_scores.csv", "ood.csv", "ood_methods.csv"
