@@ -83,6 +83,10 @@ def scraping(target: str, *, key: Path | None = None) -> Iterator[str]:
         process = subprocess.Popen(["prometheus", *options], stderr=subprocess.DEVNULL)  # noqa: S607
         try:
             _wait_until_ready(process, f"http://{address}/-/ready")
+            while not ask(f"http://{address}", "query", query="up")[
+                "result"
+            ]:  # it looks for targets after five seconds
+                time.sleep(0.1)
             yield f"http://{address}"
         finally:
             process.terminate()

@@ -1,6 +1,7 @@
 """What is counted, as a scrape finds it."""
 
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.engines.base import DeviceMemory
 from app.main import create_app
+from app.model import store
 from app.settings import Settings
-from tests.conftest import JPEG, Quick, running
+from tests.conftest import JPEG, NAME, Quick, running
 
 Scrape = dict[tuple[str, ...], float]  # name and label values -> value
 
@@ -103,9 +105,11 @@ def test_a_device_with_memory_of_its_own_says_how_much_is_used(
 ) -> None:
     kinds = {"1": WithMemory, "2": Quick}
     monkeypatch.setattr("app.main.build_engine", lambda _, loaded, **__: kinds[loaded.manifest.version](loaded))
-    with TestClient(create_app(Settings(model_store=quick_store, reload_ms=0))) as client:
+    with TestClient(create_app(Settings(model_store=quick_store, reload_ms=20))) as client:
         found = scrape(client)
         assert found["dermlens_device_memory_bytes", "used"] == 3_000
         assert found["dermlens_device_memory_bytes", "total"] == 80_000
-        assert client.post("/models/2/promote").status_code == 200
-        assert not [key for key in scrape(client) if key[0] == "dermlens_device_memory_bytes"]
+        store.promote(quick_store, NAME, "2")
+        while (found := scrape(client))["dermlens_reloads_total", "served"] < 2:
+            time.sleep(0.02)
+        assert not [key for key in found if key[0] == "dermlens_device_memory_bytes"]
