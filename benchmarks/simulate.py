@@ -1,6 +1,6 @@
 """A discrete-event simulation of one server, and a check of it against a running one.
 
-.venv/bin/python benchmarks/simulate.py    # measures, simulates the same arrivals, writes results/simulate.json, .png
+setsid --wait .venv/bin/python benchmarks/simulate.py    # measures, simulates the same arrivals, writes results/
 
 The model: requests arrive, are let in or refused as `MicroBatcher.admit` does (docs/decisions/008-admission.md), wait,
 and leave in batches formed whenever the device is free. A batch takes as long as a forward pass of its size did in a
@@ -14,6 +14,7 @@ import math
 import os
 import random
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -237,6 +238,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "simulate.json")
     options = parser.parse_args()
+    if os.getsid(0) != os.getpid():  # the engine would be timed with another share of the processors than the server's
+        sys.exit("start it with setsid --wait: Linux divides processors by session, and the server has its own")
     root = ROOT / "model_store"
     version = store.load(root, "asff-resnet50", store.current(root, "asff-resnet50"))
     threads = int(os.environ.get("DERMLENS_CPU_THREADS", "0"))
