@@ -2,25 +2,19 @@
 
 import argparse
 import io
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from app.cli.check import describe
 from app.cli.tell import tell
-from app.engines.base import EngineUnavailable, nvidia_driver
-from app.main import OpenModel, batch_size, current, open_model
-from app.model import store
+from app.main import OpenModel, batch_size, open_model
 from app.model.preprocess import decode
-from app.security import BadKeys, read_keys
 from app.settings import Settings
 
-PACKAGES = ("dermlens", "openvino", "torch", "numpy", "pillow", "fastapi", "uvicorn", "httpx2")
 REPEATS = 20
 PHOTOGRAPH = (1024, 768)  # pixels; what the speed of decoding is measured on
 
@@ -49,54 +43,26 @@ def _doctor(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _look(settings: Settings) -> Iterator[Finding]:
-    """Every finding, the quick ones first."""
-    yield Finding("versions", "ok", ", ".join([f"Python {platform.python_version()}", *_versions()]))
-    yield from _settings(settings)
-    try:
-        model = open_model(settings)
-    except store.StoreError as error:
-        yield Finding("model", "problem", f"{error}: see dermlens models, and DERMLENS_MODEL_STORE")
-        return
-    except (EngineUnavailable, ValueError, OSError, RuntimeError) as error:
-        yield Finding("engine", "problem", str(error))
-        return
-    yield Finding("model", "ok", f"{model.manifest.name} {current(settings)[0]}, its files are as they were published")
-    yield from _device(settings, model)
-    yield from _speed(settings, model)
-
-
-def _versions() -> Iterator[str]:
-    for name in PACKAGES:
-        try:
-            yield f"{name} {version(name)}"
-        except PackageNotFoundError:
-            yield f"no {name}"
-
-
-def _settings(settings: Settings) -> Iterator[Finding]:
-    known = {f"DERMLENS_{name.upper()}" for name in Settings.model_fields}
-    unknown = sorted(name for name in os.environ if name.startswith("DERMLENS_") and name not in known)
-    if unknown:
-        yield Finding("settings", "advice", f"{', '.join(unknown)}: no setting of the server, see docs/settings.md")
-    else:
-        given = sorted(name for name in os.environ if name in known)
-        yield Finding("settings", "ok", f"{', '.join(given) or 'none'} set, the rest as they come")
-    if settings.api_keys:
-        try:
-            keys = read_keys(settings.api_keys)
-        except BadKeys as error:
-            yield Finding("keys", "problem", str(error))
-        else:
-            yield Finding("keys", "ok", f"{settings.api_keys}: {len(keys)} keys")
-    elif settings.host not in ("127.0.0.1", "::1", "localhost"):
+    """Every finding, the speed last and only where nothing is wrong."""
+    found = describe(settings)
+    versions = ", ".join(f"{name} {number or 'not installed'}" for name, number in found["versions"].items())
+    yield Finding("versions", "ok", versions)
+    for device in found["devices"]:
+        yield Finding("device", "ok", device)
+    if engine := found["engine"]:
+        precision = engine["precision"]
+        more = f"; {precision['precision']}, since {precision['why']}" if precision else ""
+        yield Finding("engine", "ok", f"{engine['engine']}, since {engine['why']}{more}")
+    if model := found["model"]:
+        yield Finding("model", "ok", f"{model['name']} {model['version']}, every file verified")
+    for warning in found["warnings"]:
+        yield Finding("settings", "advice", warning)
+    if settings.host not in ("127.0.0.1", "::1", "localhost") and not settings.api_keys:
         yield Finding("keys", "advice", f"everybody who reaches {settings.host} may call: set DERMLENS_API_KEYS")
-
-
-def _device(settings: Settings, model: OpenModel) -> Iterator[Finding]:
-    engine, cores = model.engine, len(os.sched_getaffinity(0))
-    yield Finding("device", "ok", f"{engine.name} on {engine.device} in {engine.precision}, {cores} CPU cores")
-    if engine.device == "cpu" and settings.engine == "auto" and nvidia_driver():
-        yield Finding("device", "advice", "there is an NVIDIA driver, but torch sees no GPU: see docs/deployment.md")
+    for problem in found["problems"]:
+        yield Finding(problem["setting"], "problem", problem["problem"])
+    if not found["problems"]:
+        yield from _speed(settings, open_model(settings))
 
 
 def _speed(settings: Settings, model: OpenModel) -> Iterator[Finding]:
