@@ -39,15 +39,14 @@ def test_a_generated_client_reads_typed_answers(
     def file(data: bytes) -> object:
         return types.File(payload=io.BytesIO(data), file_name="image")
 
-    with running(app) as port:
-        with made.Client(f"http://127.0.0.1:{port}") as client:
-            raw = predict.sync(client=client, body=types.File(payload=lesion))
-            form = predict.sync(client=client, body=bodies.PredictFilesBody(file=file(lesion)))
-            refused = predict.sync(client=client, body=types.File(payload=b"no image"))
-            files = bodies.PredictBatchBody(files=[file(lesion), file(b"no image")])
-            first, second = predict_batch.sync(client=client, body=files)
-            listed = models.sync(client=client)
-            explanation = explain.sync(client=client, body=types.File(payload=lesion), accept="application/json")
+    with running(app) as port, made.Client(f"http://127.0.0.1:{port}") as client:
+        raw = predict.sync(client=client, body=types.File(payload=lesion))
+        form = predict.sync(client=client, body=bodies.PredictFilesBody(file=file(lesion)))
+        refused = predict.sync(client=client, body=types.File(payload=b"no image"))
+        files = bodies.PredictBatchBody(files=[file(lesion), file(b"no image")])
+        first, second = predict_batch.sync(client=client, body=files)
+        listed = models.sync(client=client)
+        explanation = explain.sync(client=client, body=types.File(payload=lesion), accept="application/json")
     assert isinstance(raw, bodies.Prediction)
     assert raw.probabilities.to_dict() == form.probabilities.to_dict()
     assert raw.decision.coverage == "0.95"

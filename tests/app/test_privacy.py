@@ -103,6 +103,7 @@ def found_in(data: bytes) -> str | None:
         FILES["PNG"][9001:9040].hex().encode(),
         base64.b64encode(FILES["JPEG"][7001:7040]),
     ],
+    ids=range(13),  # the same names in each process of a parallel run
 )
 def test_a_leak_is_seen_in_every_form(leak: bytes) -> None:
     assert found_in(b'{"event": "x", "value": "' + leak + b'"}')
