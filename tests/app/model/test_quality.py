@@ -79,7 +79,7 @@ def test_the_work_is_a_few_passes_over_small_arrays() -> None:
 
 @pytest.mark.parametrize(
     ("colour", "brightness", "saturation"),
-    [("black", 0, 0), ("white", 1, 0), ("grey", 128 / 255, 0), ("red", 0.299, 1), ("#804040", 83.6 / 255, 0.5)],
+    [("black", 0, 0), ("white", 1, 0), ("grey", 128 / 255, 0), ("red", 0.299, 1), ("#804040", 83.1 / 255, 0.5)],
 )
 def test_one_colour_is_as_bright_and_saturated_as_it_is_and_has_no_edge(
     colour: str, brightness: float, saturation: float
@@ -92,7 +92,7 @@ def test_one_colour_is_as_bright_and_saturated_as_it_is_and_has_no_edge(
 
 def test_a_blur_is_seen_in_the_sharpness_alone() -> None:
     before, after = measure(planes(LESION)), measure(planes(LESION.filter(ImageFilter.GaussianBlur(2))))
-    assert after.sharpness < before.sharpness / 3
+    assert after.sharpness < 0.6 * before.sharpness
     assert after.brightness == pytest.approx(before.brightness, abs=0.02)
     assert after.saturation == pytest.approx(before.saturation, abs=0.05)
 
