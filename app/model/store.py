@@ -179,7 +179,8 @@ def _described(folder: Path) -> tuple[Manifest, bytes]:
 def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "restore it from where this version was published"
-    return " ".join(f"{where}: {first['msg']}".split())  # one line, whatever the fields are called
+    said = " ".join(f"{where}: {first['msg']}".split())  # one line, whatever the fields are called
+    return said if said.isprintable() else ascii(said)
 
 
 def report_files(root: Path, name: str, version: str) -> list[str]:
