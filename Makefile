@@ -28,7 +28,7 @@ serve: setup
 	$(VENV)/bin/dermlens serve
 
 test: setup
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n 2 --dist loadfile
 
 report: setup
 	$(VENV)/bin/python -m training.report
