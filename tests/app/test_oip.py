@@ -371,7 +371,7 @@ async def metrics_after_leaving(app: FastAPI, body: bytes, release: threading.Ev
             await asyncio.sleep(0.01)
         leaves.set()
         await asking
-        while 'reason="client_gone"' not in (text := (await other.get("/metrics")).text):
+        while 'dermlens_dropped_total{reason="client_gone"} 2.0' not in (text := (await other.get("/metrics")).text):
             await asyncio.sleep(0.01)
         release.set()
     return text
