@@ -3,8 +3,8 @@
 python -m training.ood --version model_store/asff-resnet50/4 --out runs/evidence             # the figures alone
 python -m training.ood --version model_store/asff-resnet50/4 --out runs/evidence --publish   # the next version has it
 
-Statistics come from training images alone, the threshold from held-out dermoscopy; the method was chosen on foreign
-images (`training/foreign.py`) that are not those it is measured on.
+Statistics come from training images alone, the threshold from held-out dermoscopy that the quality gate has nothing
+against; the method was chosen on foreign images (`training/foreign.py`) that are not those it is measured on.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from app.model import store
 from app.model.manifest import OutOfDistribution
 from app.model.openvino_graph import build_graph
 from app.model.out_of_distribution import FILE, Familiar
+from app.model.quality import assess, measure
 from app.model.store import LoadedVersion
 from training.config import Config
 from training.data import Dataset, load_dataset
@@ -37,6 +38,7 @@ AXES = 64  # directions with a variance of their own; docs/decisions/015
 FLAGGED = 0.01  # of any folder of held-out dermoscopy; the bar is 0.02 on images that come later
 NEIGHBOURS = 10
 BATCH = 16
+CLEAR = ", no quality warning"
 SCORES, SUMMARY, METHODS = "ood_scores.csv", "ood.csv", "ood_methods.csv"
 
 Floats = NDArray[np.float32]
@@ -45,13 +47,15 @@ Images = NDArray[np.uint8]
 
 
 class Seen(NamedTuple):
-    """Features [N,C] of every part."""
+    """Features [N,C] of every part; of the two that may set the threshold, which images no quality warning is about."""
 
     training: Floats
     home: Floats  # held-out dermoscopy of `data.root`
     abroad: Floats  # of `data.extra`
     choose: Floats  # foreign images
     evaluate: Floats
+    clear_home: NDArray[np.bool_]  # [N]
+    clear_abroad: NDArray[np.bool_]
 
 
 class Row(NamedTuple):
@@ -148,7 +152,9 @@ def look(version: LoadedVersion, dataset: Dataset, foreign: dict[str, list[Forei
         ("abroad", dataset.images[split.held_out_extra].numpy()),
         *((name, np.stack([image.pixels for image in images])) for name, images in foreign.items()),
     ]
-    return Seen(*(features_of(graph, images, what=name) for name, images in parts))
+    clear = [np.array([not assess(measure(x)).warnings for x in images], dtype=bool) for _, images in parts[1:3]]
+    training, home, abroad, choose, evaluate = (features_of(graph, images, what=name) for name, images in parts)
+    return Seen(training, home, abroad, choose, evaluate, clear_home=clear[0], clear_abroad=clear[1])
 
 
 def evaluate(
@@ -165,11 +171,16 @@ def evaluate(
     kinds = np.array([image.kind for image in foreign])
     of_foreign = familiar.score(seen.evaluate)
     scores |= {kind: of_foreign[kinds == kind] for kind in dict.fromkeys(kinds.tolist())}
-    rows = []
-    for folder in (home, abroad)[: 1 + bool(len(seen.abroad))]:
-        others = [values for kind, values in scores.items() if kind in {home, abroad} - {folder}]
-        flagged = cross_fitted_share(scores[folder], others)
+    rows, clear = [], {home: scores[home][seen.clear_home]}
+    if len(seen.abroad):
+        clear[abroad] = scores[abroad][seen.clear_abroad]
+    for folder, mine in clear.items():
+        others = [values for kind, values in clear.items() if kind != folder and len(values)]
+        flagged = float((scores[folder] > threshold).mean())
         rows.append(Row(folder, len(scores[folder]), foreign=False, auroc=None, flagged=flagged))
+        if len(mine) > 1:
+            share = cross_fitted_share(mine, others)
+            rows.append(Row(f"{folder}{CLEAR}", len(mine), foreign=False, auroc=None, flagged=share))
     for kind, values in [*scores.items(), ("all", of_foreign)]:
         if kind not in (home, abroad):
             flagged = float((values > threshold).mean())
@@ -242,13 +253,15 @@ def run(source: Path, out: Path, *, publishing: bool = False) -> Path | None:
     foreign = {part: list(foreign_images(part)) for part in ("choose", "evaluate")}
     seen = look(version, dataset, foreign)
     familiar = fit(seen.training, axes=AXES)
-    threshold = threshold_of([familiar.score(part) for part in (seen.home, seen.abroad) if len(part)])
+    clear = (seen.home[seen.clear_home], seen.abroad[seen.clear_abroad] if len(seen.abroad) else seen.abroad)
+    clear = clear if any(map(len, clear)) else (seen.home, seen.abroad)
+    threshold = threshold_of([familiar.score(part) for part in clear if len(part)])
     home, abroad = config.data.root, config.data.extra or ""
     rows, scores = evaluate(familiar, threshold, seen, foreign["evaluate"], home=home, abroad=abroad)
     limits = OutOfDistribution(
         method="ppca-mahalanobis",
         threshold=threshold,
-        fitted_on=f"{len(seen.training)} training images; threshold on {len(seen.home) + len(seen.abroad)} held out",
+        fitted_on=f"{len(seen.training)} training images; threshold on {sum(map(len, clear))} held out",
         flagged={row.kind: row.flagged for row in rows if not row.foreign},
         auroc={row.kind: row.auroc for row in rows if row.foreign and row.auroc is not None},
     )

@@ -87,7 +87,7 @@ class OutOfDistribution(Part):
     fitted_on: str  # statistics and threshold, in words
     flagged: dict[
         str, Probability
-    ]  # folder of dermoscopy -> share flagged; cross-fitted where the threshold is from it
+    ]  # folder of dermoscopy, or the part that set the threshold -> share flagged; that part cross-fitted
     auroc: dict[str, Probability]  # kind of foreign image -> AUROC; "all" is over every one of them
 
 
