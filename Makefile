@@ -6,7 +6,7 @@
 # make soak    the server under ten times its load, then 30 minutes of mixed traffic, faults and reloads
 # make fuzz    an hour of coverage-guided fuzzing of what strangers send; make coverage: of app/ by the suite
 # make mutation  changes the code and sees whether the tests notice; MUTANTS="app.batcher.*" for a part, hours for all
-# make docs    the table of docs/settings.md from the code
+# make docs    the table of docs/settings.md from the code, and every answer that the docs show, from a server
 # make audit   known weaknesses of the dependencies; sbom: what is installed; lock: requirements.lock again
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -84,10 +84,11 @@ lock: $(TOOLS)/.installed
 	  --generate-hashes --no-header --no-annotate --python-version 3.11 --python-platform x86_64-manylinux_2_28; \
 	} > requirements.lock.new && mv requirements.lock.new requirements.lock
 
-# The table of settings, between its two marks
+# The table of settings, between its two marks; then the answers
 docs: setup
 	{ sed '/^<!-- make docs -->$$/q' docs/settings.md; $(VENV)/bin/python -m app.settings; sed -n '/^<!-- end -->$$/,$$p' docs/settings.md; \
 	} > docs/settings.md.new && mv docs/settings.md.new docs/settings.md
+	$(VENV)/bin/python -m tests.answers
 
 check: setup
 	$(VENV)/bin/ruff format --check .
