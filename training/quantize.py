@@ -1,6 +1,6 @@
 """Publish a version again with an int8 graph for OpenVINO beside its float weights, if it answers closely enough.
 
-python -m training.quantize --version 4 --promote
+python -m training.quantize --version 6 --promote
 
 NNCF's post-training quantisation, calibrated on training images of the version's own split. The arithmetic of the map
 stays in float32, and so do the few convolutions whose rounding disturbs the answer most. Accuracy and agreement with
