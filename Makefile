@@ -1,5 +1,6 @@
 # make serve   environment, install, server on :8000 with the bundled model
 # make test    the same environment, then the suite
+# make tutorials  every block of docs/tutorials, minutes
 # make bench   the engines, decoding, and the server as its load grows; bench-peers: the server beside others
 # make report  the served version's report again, from the CSV files it carries
 # make bench-ray  two Ray nodes on this machine, under load: replicas and nodes killed, versions replaced
@@ -12,7 +13,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup serve test check report bench bench-peers bench-ray soak fuzz coverage mutation audit sbom lock docs
+.PHONY: setup serve test tutorials check report bench bench-peers bench-ray soak fuzz coverage mutation audit sbom lock docs
 
 setup: $(INSTALLED)
 
@@ -29,6 +30,9 @@ serve: setup
 
 test: setup
 	$(VENV)/bin/pytest -n 2 --dist loadfile
+
+tutorials: setup
+	DERMLENS_TUTORIALS=1 $(VENV)/bin/pytest tests/test_tutorials.py
 
 report: setup
 	$(VENV)/bin/python -m training.report
