@@ -28,7 +28,7 @@ def test_schemathesis_finds_nothing_to_object_to(careful_store: Path, tmp_path: 
     with serving(careful_store, DERMLENS_API_KEYS=str(tmp_path / "keys.toml")) as (_, url):
         command = [
             *(sys.executable, "-m", "schemathesis.cli", f"--config-file={tmp_path / 'schemathesis.toml'}"),
-            *("run", f"{url}/openapi.json", "--max-examples=8", "--seed=1", "--no-color", "--request-timeout=60"),
+            *("run", f"{url}/openapi.json", "--max-examples=4", "--seed=1", "--no-color", "--request-timeout=60"),
             f"--header=Authorization: Bearer {key.secret}",
         ]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

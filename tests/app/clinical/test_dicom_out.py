@@ -88,7 +88,7 @@ def test_it_can_be_filed_beside_its_photograph(make: Any) -> None:
 
 
 def test_a_report_is_preliminary_and_says_what_the_model_said() -> None:
-    made = report(refer=True, reasons=("both benign and malignant are plausible at 95% coverage",))
+    made = report(refer_because=("conformal",), reasons=("both benign and malignant are plausible at 95% coverage",))
     assert (made.CompletionFlag, made.VerificationFlag, made.PreliminaryFlag) == (
         "PARTIAL",
         "UNVERIFIED",

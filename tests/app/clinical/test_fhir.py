@@ -68,12 +68,19 @@ def test_nothing_is_final_and_nobody_is_named() -> None:
     }
 
 
+REFERRED = {
+    "refer_because": ("conformal",),
+    "reasons": ("both are plausible",),
+    "prediction_set": ("benign", "malignant"),
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
         ({}, "POS"),
         ({"positive": False, "label": "benign"}, "NEG"),
-        ({"refer": True, "reasons": ("both are plausible",), "prediction_set": ("benign", "malignant")}, "IND"),
+        (REFERRED, "IND"),
     ],
 )
 def test_the_decision_is_interpreted_and_its_reasons_are_notes(changes: dict[str, Any], code: str) -> None:
