@@ -38,7 +38,8 @@ def repository() -> Iterator[Path]:
 
 def script(tutorial: str, *, port: int) -> str:
     """The blocks that are run, as one script that tells which it is at."""
-    lines = ["set -euo pipefail", "trap 'kill $(jobs -p) 2> /dev/null || true' EXIT"]  # a server that a failed block leaves
+    # A block that fails may leave a server
+    lines = ["set -euo pipefail", "trap 'kill $(jobs -p) 2> /dev/null || true' EXIT"]
     for number, (language, skipped, code) in enumerate(BLOCK.findall(tutorial), start=1):
         if not skipped:
             lines.append(f"echo 'block {number}'")
