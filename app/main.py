@@ -1,12 +1,10 @@
 """create_app(settings): the only place where the server's objects are built and wired."""
 
 import asyncio
-import base64
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from functools import partial
-from hashlib import sha256
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,9 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, RedirectResponse
-from fastapi.staticfiles import StaticFiles
+from fastapi.responses import RedirectResponse
 
 from app import oip
 from app.api import build_router
@@ -33,8 +29,9 @@ from app.model import store
 from app.model.labels import NOTICE, check_choices
 from app.model.manifest import Manifest
 from app.model.out_of_distribution import Familiar
+from app.pages import add_docs, add_page
 from app.schemas import ModelInfo
-from app.security import PAGE_POLICY, KeyRing
+from app.security import KeyRing
 from app.served import ReportMissing, Running, Served, VersionMissing, VersionRefused
 from app.service import Service
 from app.settings import Settings
@@ -208,33 +205,6 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
         app.add_middleware(TracedRequests, tracing=tracing)
     app.add_middleware(RequestContext, metrics=metrics)
     return app
-
-
-def add_docs(app: FastAPI) -> None:
-    """Swagger UI at /docs, from this server alone."""
-    page = get_swagger_ui_html(
-        openapi_url="/openapi.json",
-        title=app.title,
-        swagger_js_url="/docs/static/swagger-ui-bundle.js",
-        swagger_css_url="/docs/static/swagger-ui.css",
-        swagger_favicon_url="/docs/static/favicon.png",
-    )
-    script = bytes(page.body).split(b"<script>")[1].split(b"</script>")[0]  # the page's one inline script
-    digest = base64.b64encode(sha256(script).digest()).decode()
-    page.headers["Content-Security-Policy"] = PAGE_POLICY.replace("script-src", f"script-src 'sha256-{digest}'")
-    app.mount("/docs/static", StaticFiles(packages=[("fastapi_offline", "static")]))
-    app.add_api_route("/docs", lambda: page, include_in_schema=False)
-
-
-def add_page(app: FastAPI, *, docs: bool) -> None:
-    """The web page at /, its files under /web; without `docs` it does not point there."""
-    folder = Path(__file__).parent / "web"
-    index = (folder / "index.html").read_text()
-    if not docs:
-        index = index.replace('<p>The same over HTTP: <a href="docs">API</a>.</p>', "")
-    headers = {"Content-Security-Policy": f"{PAGE_POLICY}; require-trusted-types-for 'script'; trusted-types 'none'"}
-    app.mount("/web", StaticFiles(directory=folder))
-    app.add_api_route("/", lambda: HTMLResponse(index, headers=headers), include_in_schema=False)
 
 
 def open_audit_log(settings: Settings) -> AuditLog | None:

@@ -179,7 +179,10 @@ def quick_store(small_store: Callable[..., Path], monkeypatch: pytest.MonkeyPatc
 @contextmanager
 def running(app: Any, *, http: type[GuardedProtocol] = GuardedProtocol, loop: Any = "auto") -> Iterator[int]:
     """A server in a thread, by its port."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", http=http, ws="none", loop=loop))
+    # No logging of uvicorn's, as `dermlens serve` has none: setting it up closes the handlers of others, of absl among
+    # them, which closes the stream that pytest captures
+    config = uvicorn.Config(app, port=0, log_config=None, log_level="critical", http=http, ws="none", loop=loop)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

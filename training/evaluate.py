@@ -25,6 +25,7 @@ from app.model.labels import calibrate
 from app.model.manifest import Metric
 from training.config import Config, Data
 from training.data import load_dataset
+from training.published import load_version
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -162,7 +163,7 @@ def served_logits(folder: Path, images: Tensor) -> NDArray[np.float32]:
     Raises:
         StoreError.
     """
-    loaded = store.load(folder.parent.parent, folder.parent.name, folder.name)
+    loaded = load_version(folder)
     model = from_version(loaded.manifest, loaded.weights).to(memory_format=torch.channels_last)
     size = loaded.manifest.preprocessing.size
     return np.asarray(predict_logits(model, images, size=size, device=torch.device("cpu")).numpy())

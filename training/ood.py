@@ -8,7 +8,6 @@ against; the method was chosen on foreign images (`training/foreign.py`) that ar
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -29,10 +28,11 @@ from app.model.openvino_graph import build_graph
 from app.model.out_of_distribution import FILE, Familiar
 from app.model.quality import assess, measure
 from app.model.store import LoadedVersion
-from training.config import Config
-from training.data import Dataset, load_dataset
+from training.data import Dataset
 from training.foreign import Foreign, foreign_images
+from training.published import load_trained
 from training.report import PREDICTIONS, write_report
+from training.tables import write_csv
 
 AXES = 64  # directions with a variance of their own; docs/decisions/015
 FLAGGED = 0.01  # of any folder of held-out dermoscopy; the bar is 0.02 on images that come later
@@ -205,12 +205,6 @@ def precisions(version: LoadedVersion, familiar: Familiar, images: Images, exact
     return found
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([columns, *rows])
-
-
 def publish(version: LoadedVersion, source: Path, familiar: Familiar, limits: OutOfDistribution, out: Path) -> Path:
     """Publish the version in folder `source` again under the next number, with its limits and their evidence.
 
@@ -241,12 +235,8 @@ def run(source: Path, out: Path, *, publishing: bool = False) -> Path | None:
     Raises:
         StoreError: the version is damaged. ValueError: its data are not here, or are other data.
     """
-    version = store.load(source.parent.parent, source.parent.name, source.name)
+    version, config, dataset = load_trained(source)
     manifest = version.manifest
-    config = Config.model_validate(manifest.training_config)
-    dataset = load_dataset(config.data, seed=config.seed)
-    if manifest.split.fingerprint not in (dataset.fingerprint, dataset.root_fingerprint):
-        raise ValueError(f"{source} was trained on other images than {config.data.root} holds here")
     split = dataset.split(manifest.split.held_out_fold)
     if not len(split.held_out):
         raise ValueError(f"{source} held nothing out: there is nothing to set the threshold on")
@@ -265,7 +255,6 @@ def run(source: Path, out: Path, *, publishing: bool = False) -> Path | None:
         flagged={row.kind: row.flagged for row in rows if not row.foreign},
         auroc={row.kind: row.auroc for row in rows if row.foreign and row.auroc is not None},
     )
-    out.mkdir(parents=True, exist_ok=True)
     methods = compare_methods(seen)
     write_csv(out / METHODS, list(methods[0]), [list(row.values()) for row in methods])
     write_csv(out / SUMMARY, Row._fields, [["" if v is None else v for v in row] for row in rows])

@@ -7,7 +7,6 @@ quality gate says of it. Percentiles are of the training images, so that a warni
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -25,9 +24,9 @@ from app.model import store
 from app.model.labels import calibrate
 from app.model.openvino_graph import build_graph
 from app.model.quality import LIMITS, assess, measure
-from training.config import Config
 from training.corruptions import STRENGTHS, corrupt
-from training.data import load_dataset
+from training.published import load_trained
+from training.tables import write_csv
 
 BATCH = 16
 IMAGES = 200  # held-out ones that are spoilt
@@ -90,15 +89,13 @@ def study(source: Path, *, images: int) -> tuple[list[dict[str, str]], list[dict
     """Percentiles of the measures, and accuracy by degradation and by what the gate says.
 
     Raises:
-        StoreError, or ValueError where the data is absent or the version has other than two classes.
+        StoreError, or ValueError where the data is absent or other data, or the version has other than two classes.
     """
-    version = store.load(source.parent.parent, source.parent.name, source.name)
+    version, _, dataset = load_trained(source)
     manifest = version.manifest
     if "balanced" not in manifest.operating_points:
         raise ValueError(f"{source} has other than two classes: there is no single accuracy")
     threshold = manifest.operating_points["balanced"].threshold
-    config = Config.model_validate(manifest.training_config)
-    dataset = load_dataset(config.data, seed=config.seed)
     split = dataset.split(manifest.split.held_out_fold)
     table = list(percentiles(dataset.images[split.training].numpy()))
     members = np.random.default_rng(0).permutation(split.held_out)[:images]
@@ -116,7 +113,7 @@ def study(source: Path, *, images: int) -> tuple[list[dict[str, str]], list[dict
         if strength:
             batch = np.stack([spoil(image, kind, strength=strength, seed=i) for i, image in enumerate(clean)])
         positive = judged(batch)
-        group = [(asdict(measure(image)), assess(measure(image))) for image in batch]
+        group = [(asdict(measures), assess(measures)) for measures in map(measure, batch)]
         name = f"{kind} {strength}" if strength else kind
         share = {"warned": f"{np.mean([bool(q.warnings) for _, q in group]):.3f}"}
         share["severe"] = f"{np.mean([bool(q.spoilt) for _, q in group]):.3f}"
@@ -150,13 +147,9 @@ def main(arguments: list[str] | None = None) -> None:
         table, rows = study(options.version, images=options.images)
     except (ValueError, store.StoreError) as error:
         sys.exit(f"training.quality: {error}")
-    options.out.mkdir(parents=True, exist_ok=True)
     for name, lines in (("quality_percentiles.csv", table), ("quality.csv", rows)):
-        with (options.out / name).open("w", newline="") as file:
-            columns = list(dict.fromkeys(key for line in lines for key in line))
-            writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
+        columns = list(dict.fromkeys(key for line in lines for key in line))
+        write_csv(options.out / name, columns, [[line.get(key, "") for key in columns] for line in lines])
         for line in lines:
             print("  ".join(f"{key} {value}" for key, value in line.items()))
     print(f"done: {options.out / 'quality.csv'}")

@@ -26,9 +26,9 @@ from app.model.labels import calibrate
 from app.model.manifest import Comparison, Manifest
 from app.model.openvino_graph import build_graph
 from app.model.store import LoadedVersion
-from training.config import Config
-from training.data import Dataset, load_dataset
+from training.data import Dataset
 from training.evaluate import all_metrics
+from training.published import load_trained
 from training.report import PREDICTIONS, write_report
 
 CALIBRATION_IMAGES = 300
@@ -137,12 +137,8 @@ def publish_quantised(source: Path, root: Path, *, version: str) -> Comparison:
         StoreError: the source is damaged, or the new version exists.
         ValueError: the data that it was trained on is not here, or is other data.
     """
-    loaded = store.load(source.parent.parent, source.parent.name, source.name)
+    loaded, config, dataset = load_trained(source)
     manifest = loaded.manifest
-    config = Config.model_validate(manifest.training_config)
-    dataset = load_dataset(config.data, seed=config.seed)
-    if manifest.split.fingerprint not in (dataset.fingerprint, dataset.root_fingerprint):
-        raise ValueError(f"{source} was trained on other images than {config.data.root} holds here")
     training, held_out = _images(dataset, config.data.held_out_fold)
     kept = most_sensitive(loaded, training[:SENSITIVITY_IMAGES])
     print(f"in float32 stay {', '.join(kept)}")

@@ -11,6 +11,7 @@ from app.model.architecture import LesionNet
 from app.model.manifest import Manifest
 from training.config import Config, Data
 from training.data import Dataset
+from training.published import load_version
 
 VERSION = "version:"  # `model.start = "version:model_store/asff-resnet50/1"`
 
@@ -21,8 +22,7 @@ def start_weights(start: str) -> dict[str, NDArray[np.generic]]:
     Raises:
         StoreError: the version is missing or damaged.
     """
-    folder = _folder(start)
-    return store.load(folder.parent.parent, folder.parent.name, folder.name).weights
+    return load_version(_folder(start)).weights
 
 
 def load_start(model: LesionNet, start: str) -> None:

@@ -6,7 +6,6 @@ Accuracy and ROC-AUC of single answers and of the mean over four flips, with a p
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from app.model import store
 from app.model.flips import flips, mean_logits
 from app.model.labels import calibrate
 from app.model.openvino_graph import build_graph
-from training.config import Config
-from training.data import load_dataset
+from training.published import load_trained
+from training.tables import write_csv
 
 RESAMPLES = 2000
 COLUMNS = ("data", "images", "metric", "single", "flips", "difference", "low", "high")
@@ -55,14 +54,12 @@ def study(source: Path) -> list[list[str]]:
     """Rows of `COLUMNS`, for held-out images of each folder.
 
     Raises:
-        StoreError, or ValueError where the data is absent or the version has other than two classes.
+        StoreError, or ValueError where the data is absent or other data, or the version has other than two classes.
     """
-    version = store.load(source.parent.parent, source.parent.name, source.name)
+    version, config, dataset = load_trained(source)
     manifest = version.manifest
     if "balanced" not in manifest.operating_points:
         raise ValueError(f"{source} has other than two classes")
-    config = Config.model_validate(manifest.training_config)
-    dataset = load_dataset(config.data, seed=config.seed)
     split = dataset.split(manifest.split.held_out_fold)
     graph = ov.Core().compile_model(build_graph(manifest, version.weights), "CPU")
     threshold, rows = manifest.operating_points["balanced"].threshold, []
@@ -89,9 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows = study(options.version)
     except (ValueError, store.StoreError) as error:
         sys.exit(f"training.tta: {error}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "tta.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+    write_csv(options.out / "tta.csv", COLUMNS, rows)
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in zip(COLUMNS, row, strict=True)))
     print(f"done: {options.out / 'tta.csv'}")

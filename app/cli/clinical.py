@@ -29,21 +29,21 @@ def _dicom(options: argparse.Namespace, settings: Settings) -> int:
         raise ValueError("nothing to write: give --sr OUT.dcm, --overlay OUT.dcm or both")
     out = _dicom_out()
     model, source = open_model(settings), options.file.read_bytes()
-    image = read(source, model, settings, preview_side=PREVIEW_SIDE)
-    [output] = run([image], model, tta="none")
-    judgement = judged(image, output, model, settings)
+    picture = read(source, model, settings, preview_side=PREVIEW_SIDE)
+    [output] = run([picture], model, tta="none")
+    judgement = judged(picture, output, model, settings)
     if options.sr:
         options.sr.write_bytes(out.structured_report(source, judgement, model.manifest))
     if options.overlay:
         shown = aim(PREDICTED, "gradcam", judgement=judgement, manifest=model.manifest)
         overlay = render(
-            output.cam[shown.index], image.preview, style="overlay", alpha=0.6, description=shown.description
+            output.cam[shown.index], picture.image.preview, style="overlay", alpha=0.6, description=shown.description
         )
-        picture = out.secondary_capture(source, overlay.png, model.manifest, description=shown.description)
-        options.overlay.write_bytes(picture)
+        capture = out.secondary_capture(source, overlay.png, model.manifest, description=shown.description)
+        options.overlay.write_bytes(capture)
     chances = "  ".join(f"{name} {p:.3f}" for name, p in judgement.probabilities.items())
     reasons = [f"{'refer' if judgement.refer else 'note'}: {reason}" for reason in judgement.reasons]
-    print("  ".join([f"{options.file}: {judgement.label}", chances, *reasons, *image.warnings]))
+    print("  ".join([f"{options.file}: {judgement.label}", chances, *reasons, *picture.image.warnings]))
     written = ", ".join(str(path) for path in (options.sr, options.overlay) if path)
     sys.stderr.write(f"written, preliminary and unverified: {written}. {NOTICE}\n")
     return 0

@@ -39,14 +39,15 @@ def _explain(options: argparse.Namespace, settings: Settings) -> int:
     )
     if not 0 <= options.alpha <= 1:
         raise ValueError("--alpha: give a number from 0 to 1")
-    image = read(options.file.read_bytes(), model, settings, preview_side=PREVIEW_SIDE)
-    [output] = run([image], model, tta=options.tta)
-    judgement = judged(image, output, model, settings)
+    picture = read(options.file.read_bytes(), model, settings, preview_side=PREVIEW_SIDE)
+    [output] = run([picture], model, tta=options.tta)
+    judgement = judged(picture, output, model, settings)
     shown = aim(options.target, options.method, judgement=judgement, manifest=model.manifest)
     raw = output.cam[shown.index]
     if options.method != "gradcam":
-        raw = model.engine.attribute(image.pixels, options.method, target=shown.index)
-    overlay = render(raw, image.preview, style=options.style, alpha=options.alpha, description=shown.description)
+        raw = model.engine.attribute(picture.image.pixels, options.method, target=shown.index)
+    preview = picture.image.preview
+    overlay = render(raw, preview, style=options.style, alpha=options.alpha, description=shown.description)
     options.output.write_bytes(overlay.png)
     evidence = "no evidence for it" if overlay.empty else f"peak {overlay.peak:.3g}"
     tell(

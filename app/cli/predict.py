@@ -18,13 +18,13 @@ import numpy as np
 
 from app.batcher import NotFinite
 from app.cli.results import Rule, Table, row_of
-from app.cli.see import judged, read, run
+from app.cli.see import Picture, judged, read, run
 from app.files import images_in
 from app.main import OpenModel, batch_size, open_model
 from app.model.flips import Tta
 from app.model.labels import NOTICE, OFF, PREDICTED, check_choices
 from app.model.overlay import aim, render
-from app.model.preprocess import PREVIEW_SIDE, DecodedImage, ImageError
+from app.model.preprocess import PREVIEW_SIDE, ImageError
 from app.schemas import Explanation, Prediction, prediction_fields
 from app.settings import Settings
 
@@ -212,12 +212,12 @@ def _score(
     """Classify files in their order: threads decode ahead of the engine, which runs batches."""
     max_batch = batch_size(settings, model.engine)
 
-    def open_image(path: Path) -> DecodedImage:
+    def open_image(path: Path) -> Picture:
         return read(path.read_bytes(), model, settings, preview_side=PREVIEW_SIDE if draw else 0)
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     waiting = iter(paths)
-    reading: deque[tuple[Path, Future[DecodedImage]]] = deque()
+    reading: deque[tuple[Path, Future[Picture]]] = deque()
     try:
         while True:
             ahead = islice(waiting, 2 * max_batch + workers - len(reading))
@@ -231,30 +231,28 @@ def _score(
 
 
 def _run_batch(
-    batch: list[tuple[Path, Future[DecodedImage]]], model: OpenModel, settings: Settings, *, draw: bool, tta: Tta
+    batch: list[tuple[Path, Future[Picture]]], model: OpenModel, settings: Settings, *, draw: bool, tta: Tta
 ) -> Iterator[Scored]:
     """The results of one batch, in its order; what cannot be read is not run."""
-    images = [future.result() for _, future in batch if not future.exception()]
-    results = zip(images, run(images, model, tta=tta), strict=True)
+    pictures = [future.result() for _, future in batch if not future.exception()]
+    results = zip(pictures, run(pictures, model, tta=tta), strict=True)
     for path, future in batch:
         if error := future.exception():
             if not isinstance(error, (ImageError, OSError)):
                 raise error
             yield Scored(path, error)
             continue
-        image, output = next(results)
+        picture, output = next(results)
         if not np.isfinite(output.logits).all():
             yield Scored(path, NotFinite("the model gave no finite answer"))
             continue
-        judgement = judged(image, output, model, settings)
-        prediction = Prediction(**prediction_fields(judgement, image, manifest=model.manifest, request_id=""))
+        judgement = judged(picture, output, model, settings)
+        prediction = Prediction(**prediction_fields(judgement, picture.image, manifest=model.manifest, request_id=""))
         png = b""
         if draw:
             shown = aim(PREDICTED, "gradcam", judgement=judgement, manifest=model.manifest)
-            picture = render(
-                output.cam[shown.index], image.preview, style="overlay", alpha=0.6, description=shown.description
-            )
-            png = picture.png
+            raw, preview = output.cam[shown.index], picture.image.preview
+            png = render(raw, preview, style="overlay", alpha=0.6, description=shown.description).png
         yield Scored(path, prediction, png)
 
 

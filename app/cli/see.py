@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +17,13 @@ from app.model.quality import assess, measure
 from app.settings import Settings
 
 
-def read(data: bytes, model: OpenModel, settings: Settings, *, preview_side: int = 0) -> DecodedImage:
-    """Decode a file, and add what is wrong with the picture to its warnings; raises `ImageError`."""
+class Picture(NamedTuple):
+    image: DecodedImage  # what is wrong with it among its warnings
+    spoilt: tuple[str, ...]  # as `Quality.spoilt`
+
+
+def read(data: bytes, model: OpenModel, settings: Settings, *, preview_side: int = 0) -> Picture:
+    """Decode and assess a file; raises `ImageError`."""
     image = decode(
         data,
         size=model.manifest.preprocessing.size,
@@ -25,19 +31,20 @@ def read(data: bytes, model: OpenModel, settings: Settings, *, preview_side: int
         preview_side=preview_side,
         unbounded=True,
     )
-    return replace(image, warnings=(*image.warnings, *assess(measure(image.pixels)).warnings))
+    quality = assess(measure(image.pixels))
+    return Picture(replace(image, warnings=(*image.warnings, *quality.warnings)), quality.spoilt)
 
 
-def run(images: Sequence[DecodedImage], model: OpenModel, *, tta: Tta) -> list[Output]:
+def run(pictures: Sequence[Picture], model: OpenModel, *, tta: Tta) -> list[Output]:
     """The outputs for each image, without the axis of the batch; with `tta` the mean of its four."""
     if tta == "none":
-        batch = [model.engine.run(np.stack([image.pixels for image in images]))] if images else []
+        batch = [model.engine.run(np.stack([image.pixels for image, _ in pictures]))] if pictures else []
         return [
             Output(output.logits[row], output.cam[row], None if output.features is None else output.features[row])
             for output in batch
-            for row in range(len(images))
+            for row in range(len(pictures))
         ]
-    fours = [model.engine.run(np.stack(flips(image.pixels))) for image in images]
+    fours = [model.engine.run(np.stack(flips(image.pixels))) for image, _ in pictures]
     own = [None if four.features is None else four.features[0] for four in fours]
     return [
         Output(mean_logits(list(four.logits)), mean_cam(list(four.cam)), features)
@@ -45,7 +52,7 @@ def run(images: Sequence[DecodedImage], model: OpenModel, *, tta: Tta) -> list[O
     ]
 
 
-def judged(image: DecodedImage, output: Output, model: OpenModel, settings: Settings) -> Judgement:
+def judged(picture: Picture, output: Output, model: OpenModel, settings: Settings) -> Judgement:
     """The answer for an image that has been run."""
     return judge(
         output.logits,
@@ -53,5 +60,5 @@ def judged(image: DecodedImage, output: Output, model: OpenModel, settings: Sett
         settings.operating_point,
         coverage=settings.coverage,
         score=score_of(output.features, model.familiar),
-        spoilt=assess(measure(image.pixels)).spoilt,
+        spoilt=picture.spoilt,
     )

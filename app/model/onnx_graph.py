@@ -15,12 +15,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from app.model.labels import NOTICE
 from app.model.manifest import Gate, Manifest
-from app.model.openvino_graph import BLOCKS, EPS
+from app.model.openvino_graph import BLOCKS, Weights, margins, normalisation, take, take_folded
 
 OPSET, IR_VERSION = 13, 7  # ONNX 1.8, of 2020: what runs ONNX at all reads it
 PLANE = [2, 3]  # height and width among the axes of an image
 
-Weights = dict[str, NDArray[np.generic]]
 Input = str | NDArray[Any]  # another operation's output, or a constant
 
 
@@ -98,10 +97,7 @@ def build_onnx(manifest: Manifest, weights: Mapping[str, NDArray[np.generic]]) -
 
 
 def _trunk(graph: _Graph, left: Weights, manifest: Manifest) -> tuple[str, str]:
-    mean, std = (
-        255 * np.array(values, dtype=np.float32).reshape(1, 3, 1, 1)
-        for values in (manifest.preprocessing.mean, manifest.preprocessing.std)
-    )
+    mean, std = normalisation(manifest)
     x = graph.add("Cast", "image", to=TensorProto.FLOAT)
     x = graph.add("Div", graph.add("Sub", x, mean), std)
     x = graph.add("Relu", _conv_bn(graph, x, left, "trunk.conv1", "trunk.bn1", stride=2, padding=3))
@@ -127,10 +123,7 @@ def _bottleneck(graph: _Graph, x: str, left: Weights, name: str, *, strides: tup
 
 
 def _conv_bn(graph: _Graph, x: str, left: Weights, conv: str, norm: str, *, stride: int = 1, padding: int = 0) -> str:
-    scale = _take(left, f"{norm}.weight") / np.sqrt(_take(left, f"{norm}.running_var") + np.float32(EPS))
-    shift = _take(left, f"{norm}.bias") - scale * _take(left, f"{norm}.running_mean")
-    kernel = _take(left, f"{conv}.weight") * scale[:, None, None, None]
-    return graph.add("Conv", x, kernel, shift, name=conv, strides=[stride, stride], pads=[padding] * 4)
+    return graph.add("Conv", x, *take_folded(left, conv, norm), name=conv, strides=[stride, stride], pads=[padding] * 4)
 
 
 def _fuse(graph: _Graph, conv4: str, conv5: str, left: Weights, gate: Gate) -> str:
@@ -157,9 +150,8 @@ def _head(graph: _Graph, features: str, left: Weights, *, side: int) -> None:
     both = graph.constant(w1, "head.fc1")  # of its two uses
     hidden = graph.add("Gemm", _pool(graph, features), both, b1, transB=1)
     graph.add("Gemm", graph.add("Relu", hidden), w2, b2, transB=1, name="logits")
-    margins = w2 - (w2.sum(axis=0) - w2) / (len(w2) - 1)  # of a class over the mean of the others
     active = graph.add("Cast", graph.add("Greater", hidden, np.array([0], dtype=np.float32)), to=TensorProto.FLOAT)
-    gradient = graph.add("MatMul", graph.add("Mul", graph.add("Unsqueeze", active, np.array([1])), margins), both)
+    gradient = graph.add("MatMul", graph.add("Mul", graph.add("Unsqueeze", active, np.array([1])), margins(w2)), both)
     flat = graph.add("Reshape", features, np.array([0, 0, side * side]))
     cam = graph.add("Div", graph.add("MatMul", gradient, flat), np.array([side * side], dtype=np.float32))
     graph.add("Reshape", cam, np.array([0, 0, side, side]), name="cam")
@@ -170,8 +162,4 @@ def _pool(graph: _Graph, x: str) -> str:
 
 
 def _take_linear(left: Weights, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    return _take(left, f"{name}.weight"), _take(left, f"{name}.bias")
-
-
-def _take(left: Weights, name: str) -> NDArray[np.float32]:
-    return left.pop(name).astype(np.float32)
+    return take(left, f"{name}.weight"), take(left, f"{name}.bias")

@@ -44,10 +44,7 @@ def build_graph(manifest: Manifest, weights: Mapping[str, NDArray[np.generic]]) 
 
 
 def _trunk(images: Node, left: Weights, manifest: Manifest) -> tuple[Node, Node]:
-    mean, std = (
-        255 * np.array(values, dtype=np.float32).reshape(1, 3, 1, 1)
-        for values in (manifest.preprocessing.mean, manifest.preprocessing.std)
-    )
+    mean, std = normalisation(manifest)
     x = op.divide(op.subtract(op.convert(images, ov.Type.f32), mean), std)
     x = op.relu(_conv_bn(x, left, "trunk.conv1", "trunk.bn1", stride=2, padding=3))
     x = op.max_pool(x, [2, 2], [1, 1], [1, 1], [1, 1], [3, 3]).output(0)
@@ -72,9 +69,7 @@ def _bottleneck(x: Node, left: Weights, name: str, *, strides: tuple[int, int]) 
 
 
 def _conv_bn(x: Node, left: Weights, conv: str, norm: str, *, stride: int = 1, padding: int = 0) -> Node:
-    scale = _take(left, f"{norm}.weight") / np.sqrt(_take(left, f"{norm}.running_var") + EPS)
-    shift = _take(left, f"{norm}.bias") - scale * _take(left, f"{norm}.running_mean")
-    kernel = _take(left, f"{conv}.weight") * scale[:, None, None, None]
+    kernel, shift = take_folded(left, conv, norm)
     pads = [padding, padding]
     y = op.convolution(x, kernel, [stride, stride], pads, pads, [1, 1], name=conv)
     return op.add(y, shift.reshape(1, -1, 1, 1))
@@ -82,8 +77,8 @@ def _conv_bn(x: Node, left: Weights, conv: str, norm: str, *, stride: int = 1, p
 
 def _fuse(conv4: Node, conv5: Node, left: Weights, gate: Gate, *, side: int) -> Node:
     """`AdaptiveFusion`: a·F1 + (1−a)·F2."""
-    projected = op.convolution(conv5, _take(left, "fusion.project.weight"), [1, 1], [0, 0], [0, 0], [1, 1])
-    projected = op.add(projected, _take(left, "fusion.project.bias").reshape(1, -1, 1, 1))
+    projected = op.convolution(conv5, take(left, "fusion.project.weight"), [1, 1], [0, 0], [0, 0], [1, 1])
+    projected = op.add(projected, take(left, "fusion.project.bias").reshape(1, -1, 1, 1))
     f2 = op.interpolate(
         projected,
         np.array([side, side]),
@@ -105,13 +100,12 @@ def _fuse(conv4: Node, conv5: Node, left: Weights, gate: Gate, *, side: int) -> 
 
 def _head(features: Node, left: Weights) -> list[ov.Output]:
     """`PooledHead`: logits, Grad-CAM in closed form, and the pooled features."""
-    w1, w2 = _take(left, "head.fc1.weight"), _take(left, "head.fc2.weight")
+    w1, w2 = take(left, "head.fc1.weight"), take(left, "head.fc2.weight")
     pooled = op.reduce_mean(features, PLANE)
-    hidden = op.add(op.matmul(pooled, w1, False, True), _take(left, "head.fc1.bias"))
-    logits = op.add(op.matmul(op.relu(hidden), w2, False, True), _take(left, "head.fc2.bias"))
-    margins = w2 - (w2.sum(axis=0) - w2) / (len(w2) - 1)  # of a class over the mean of the others
+    hidden = op.add(op.matmul(pooled, w1, False, True), take(left, "head.fc1.bias"))
+    logits = op.add(op.matmul(op.relu(hidden), w2, False, True), take(left, "head.fc2.bias"))
     active = op.unsqueeze(op.convert(op.greater(hidden, np.float32(0)), ov.Type.f32), np.array(1))
-    gradient = op.matmul(op.multiply(active, margins), w1, False, False, name="cam.gradient")  # [B,K,C]
+    gradient = op.matmul(op.multiply(active, margins(w2)), w1, False, False, name="cam.gradient")  # [B,K,C]
     height, width = (features.get_output_partial_shape(0)[axis].get_length() for axis in (2, 3))
     flat = op.reshape(features, np.array([0, 0, height * width]), special_zero=True)
     cam = op.divide(op.matmul(gradient, flat, False, False, name="cam.map"), np.float32(height * width))
@@ -120,11 +114,33 @@ def _head(features: Node, left: Weights) -> list[ov.Output]:
 
 
 def _linear(x: Node, left: Weights, name: str) -> Node:
-    return op.add(op.matmul(x, _take(left, f"{name}.weight"), False, True), _take(left, f"{name}.bias"))
+    return op.add(op.matmul(x, take(left, f"{name}.weight"), False, True), take(left, f"{name}.bias"))
 
 
-def _take(left: Weights, name: str) -> NDArray[np.float32]:
+def normalisation(manifest: Manifest) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and standard deviation [1,3,1,1] of pixels of 0 to 255."""
+    mean, std = (
+        255 * np.array(values, dtype=np.float32).reshape(1, 3, 1, 1)
+        for values in (manifest.preprocessing.mean, manifest.preprocessing.std)
+    )
+    return mean, std
+
+
+def take(left: Weights, name: str) -> NDArray[np.float32]:
+    """An array, which is `left` no more; raises KeyError."""
     return left.pop(name).astype(np.float32)
+
+
+def take_folded(left: Weights, conv: str, norm: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Kernel [O,I,H,W] and shift [O] of a convolution with the batch norm behind it."""
+    scale = take(left, f"{norm}.weight") / np.sqrt(take(left, f"{norm}.running_var") + EPS)
+    shift = take(left, f"{norm}.bias") - scale * take(left, f"{norm}.running_mean")
+    return take(left, f"{conv}.weight") * scale[:, None, None, None], shift
+
+
+def margins(w2: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The rows [K,C] of the last layer, each less the mean of the others: what argues for a class over those."""
+    return np.asarray(w2 - (w2.sum(axis=0) - w2) / (len(w2) - 1))
 
 
 def _named(node: Node, name: str) -> ov.Output:

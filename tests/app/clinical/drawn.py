@@ -9,6 +9,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 
+from app.model.labels import Judgement
 from tests.conftest import encode
 from training.drawn import draw_lesion
 
@@ -16,6 +17,18 @@ SIZE = (320, 240)
 LESION = draw_lesion(1, 3, size=SIZE)
 PIXELS = np.asarray(LESION)
 PATIENT = "Grün^Ända"
+
+
+def judgement(**changes: Any) -> Judgement:
+    """A malignant lesion, as `labels.judge` would say it."""
+    fields: dict[str, Any] = {
+        "label": "malignant",
+        "probabilities": {"benign": 0.3, "malignant": 0.7},
+        "operating_point": "balanced",
+        "threshold": 0.4,
+        "positive": True,
+    }
+    return Judgement(**(fields | changes))
 
 
 def dermoscopic(**changes: Any) -> Dataset:

@@ -15,8 +15,8 @@ from pydicom.dataset import Dataset
 
 from app.cli import main
 from app.clinical import dicom_out
-from app.model.labels import NOTICE, Judgement
-from tests.app.clinical.drawn import FILES, LESION, PATIENT, native
+from app.model.labels import NOTICE
+from tests.app.clinical.drawn import FILES, LESION, PATIENT, judgement, native
 from tests.conftest import encode, make_manifest
 
 SOURCE = native(LossyImageCompression="00")
@@ -34,14 +34,8 @@ SHARED = (
 
 
 def report(source: bytes = SOURCE, **changes: Any) -> Dataset:
-    fields: dict[str, Any] = {
-        "label": "malignant",
-        "probabilities": {"benign": 0.25, "malignant": 0.75},
-        "operating_point": "balanced",
-        "threshold": 0.4,
-        "positive": True,
-    }
-    return read(dicom_out.structured_report(source, Judgement(**(fields | changes)), MANIFEST))
+    fields = {"probabilities": {"benign": 0.25, "malignant": 0.75}} | changes
+    return read(dicom_out.structured_report(source, judgement(**fields), MANIFEST))
 
 
 def capture(source: bytes = SOURCE) -> Dataset:

@@ -11,21 +11,11 @@ from fhir.resources.R4B.observation import Observation
 from pydicom.sr.codedict import codes
 
 from app.clinical.fhir import SNOMED, diagnostic_report
-from app.model.labels import NOTICE, Judgement
+from app.model.labels import NOTICE
+from tests.app.clinical.drawn import judgement
 from tests.conftest import JPEG, make_manifest
 
 FHIR = "application/fhir+json"
-
-
-def judgement(**changes: Any) -> Judgement:
-    fields: dict[str, Any] = {
-        "label": "malignant",
-        "probabilities": {"benign": 0.3, "malignant": 0.7},
-        "operating_point": "balanced",
-        "threshold": 0.4,
-        "positive": True,
-    }
-    return Judgement(**(fields | changes))
 
 
 def report(**changes: Any) -> dict[str, Any]:
