@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 T = TypeVar("T")
+HOPE = 0.7  # of a request's time that the queue may take; the rest is for decoding, and for a pace that a flood slows
 
 
 class Outputs(Protocol):
@@ -203,8 +204,8 @@ class MicroBatcher:
         everyone = sum(self._admitted.values())
         before = everyone if background else self._admitted[False]
         wait_s = before * self._seconds_per_image
-        # A few batches say little about the pace, and their deadline is soon told; the fifth is for decoding
-        hopeless = before > 2 * self._in_flight * self._max_batch and wait_s > 0.8 * timeout_s
+        # A few batches say little about the pace, and their deadline is soon told
+        hopeless = before > 2 * self._in_flight * self._max_batch and wait_s > HOPE * timeout_s
         places = max(1, self._max_queue // 2) if background else self._max_queue
         if everyone + images > places or hopeless:
             raise QueueFull(max(1, math.ceil(wait_s)))

@@ -1,9 +1,11 @@
 """503 for a request that has no place, before a task, a route or a log line is spent on it."""
 
+import functools
 import logging
 import time
 from typing import NamedTuple
 
+from prometheus_client import Counter, Histogram
 from starlette.types import Scope
 
 from app.batcher import QueueFull
@@ -33,6 +35,7 @@ class Busy:
         self._served = served
         self._metrics = metrics
         self._timeout_ms = timeout_ms
+        self._counters = functools.cache(self._find_counters)  # the look-up is half of what a refusal costs
         self._untold = 0  # refusals since the last log line
         self._told_at = 0.0
 
@@ -60,10 +63,18 @@ class Busy:
 
     def _count(self, route: str, refusal: Refusal, seconds: float) -> None:
         """In the metrics each; in the log together, a line a second at most."""
-        self._metrics.requests.labels(route=route, status=str(refusal.problem.status)).inc()
-        self._metrics.request_seconds.labels(route=route).observe(seconds)
-        self._metrics.rejected.labels(reason=refusal.problem.slug).inc()
+        requests, request_seconds, rejected = self._counters(route, refusal.problem.status, refusal.problem.slug)
+        requests.inc()
+        request_seconds.observe(seconds)
+        rejected.inc()
         self._untold += 1
         if time.monotonic() - self._told_at >= 1:
             LOG.info("refused, the queue is full", extra={"requests": self._untold})
             self._untold, self._told_at = 0, time.monotonic()
+
+    def _find_counters(self, route: str, status: int, slug: str) -> tuple[Counter, Histogram, Counter]:
+        return (
+            self._metrics.requests.labels(route=route, status=str(status)),
+            self._metrics.request_seconds.labels(route=route),
+            self._metrics.rejected.labels(reason=slug),
+        )

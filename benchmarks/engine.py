@@ -28,7 +28,9 @@ from PIL import Image
 from app.engines.base import Engine, EngineUnavailable, build_engine
 from app.model import store
 from app.model.openvino_graph import build_graph
+from app.model.out_of_distribution import score_of
 from app.model.preprocess import decode
+from app.model.quality import assess, measure
 from app.model.store import LoadedVersion
 
 NAME = "asff-resnet50"
@@ -169,6 +171,24 @@ def decoding(*, budget: float) -> list[dict[str, Any]]:
     return rows
 
 
+def judging(version: LoadedVersion, rows: list[dict[str, Any]], *, budget: float) -> list[dict[str, Any]]:
+    """What it costs to know when not to answer, beside the quickest forward pass of an image on this machine."""
+    size = version.manifest.preprocessing.size
+    image = np.random.default_rng(0).integers(0, 256, (3, size, size), dtype=np.uint8)
+    work: dict[str, Callable[[], object]] = {"quality of an image": lambda: assess(measure(image))}
+    if familiar := version.familiar:
+        features = familiar.mean + familiar.rest
+        work["out-of-distribution score"] = lambda: score_of(features, familiar)
+    quickest = min(row["ms"] / row["batch"] for row in rows)
+    found = []
+    print(f"\n{'beside the forward pass':28}{'ms':>9}{'of it':>9}")
+    for name, does in work.items():
+        ms = 1000 * seconds_of(does, budget=budget / 4)
+        found.append({"work": name, "ms": ms, "of_forward": ms / quickest})
+        print(f"{name:28}{ms:9.3f}{ms / quickest:9.2%}", flush=True)
+    return found
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
@@ -211,7 +231,12 @@ def main() -> None:
     if not (DATA / "full_size").is_dir():
         sys.exit(f"engine: no images in {DATA} for the decoding table: set DERMLENS_DATA_DIR (docs/training.md)")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine(), "engines": rows, "decoding": decoding(budget=options.seconds)}
+    result = {
+        "machine": machine(),
+        "engines": rows,
+        "judging": judging(version, rows, budget=options.seconds),
+        "decoding": decoding(budget=options.seconds),
+    }
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     plot(rows, options.out.with_suffix(".png"))
     print(f"done: {options.out} and {options.out.with_suffix('.png').name}")

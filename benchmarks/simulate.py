@@ -26,6 +26,7 @@ from compare import ROOT, machine
 from load import Load, Target, arrivals, open_loop
 from overload import DEADLINE_MS, requests, saturation, save, serving
 
+from app.batcher import HOPE
 from app.engines.base import Engine, build_engine
 from app.model import store
 
@@ -110,7 +111,7 @@ def simulate(
         advance(now)
         give_up(now)
         before = len(waiting) + sum(at + timeout_s > now for at in running)
-        hopeless = before > 2 * max_batch and before * pace_s > 0.8 * timeout_s
+        hopeless = before > 2 * max_batch and before * pace_s > HOPE * timeout_s
         if before >= max_queue or hopeless:
             answers.append(Answer(now, BUSY, 0))
         else:

@@ -33,6 +33,8 @@ class OpenVinoEngine:
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[self.precision]}
         if threads:
             options["INFERENCE_NUM_THREADS"] = str(threads)
+            # It would pin them to the first cores, and so would the next server on the machine
+            options["ENABLE_CPU_PINNING"] = "NO"
         if self.precision == "int8" and version.int8:
             graph = core.read_model(*version.int8)
         else:
