@@ -54,6 +54,12 @@ def test_an_answer_is_its_own_and_outlives_the_next_batch(engine: OpenVinoEngine
     assert np.array_equal(first.logits, kept)
 
 
+def test_an_engine_that_shares_the_machine_keeps_to_no_core(loaded: LoadedVersion) -> None:
+    compiled = OpenVinoEngine(loaded, precision="float32", threads=1)._request.get_compiled_model()
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    assert compiled.get_property("ENABLE_CPU_PINNING") is False
+
+
 def test_other_methods_are_torchs(loaded: LoadedVersion, engine: OpenVinoEngine) -> None:
     image = images(1)[0, :, :64, :64]
     expected = build_engine("torch", loaded).attribute(image, "integrated-gradients", target=1)
