@@ -123,6 +123,24 @@ def spread_figure(values: Mapping[str, Sequence[float]], *, title: str) -> bytes
     return png(figure)
 
 
+def degradation_figure(found: Mapping[str, Sequence[tuple[float, float]]], *, clean: float, title: str) -> bytes:
+    """For each kind of degradation (accuracy, share of the images that are referred for it) by strength, from 1."""
+    columns = 5
+    lines = -(-len(found) // columns)
+    figure = new_figure(11, 2.1 * lines + 0.6, title)
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, (kind, points) in zip(grid, found.items(), strict=False):
+        strengths = range(1, len(points) + 1)
+        axes.axhline(clean, color="grey", linestyle=":")
+        axes.plot(strengths, [accuracy for accuracy, _ in points], "o-", label="accuracy")
+        axes.plot(strengths, [referred for _, referred in points], "s--", color="tab:red", label="referred")
+        axes.set(title=kind, ylim=(0, 1.02), xticks=strengths)
+    grid[0].legend(fontsize=8)
+    for axes in grid[len(found) :]:
+        axes.set_axis_off()
+    return png(figure)
+
+
 def new_figure(width: float, height: float, title: str) -> "Figure":
     """An empty figure of that size in inches; drawn without a screen."""
     from matplotlib.figure import Figure

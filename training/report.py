@@ -158,8 +158,25 @@ def _refusal_section(manifest: Manifest, report: Path) -> str:
     ):
         if (report / name).is_file():
             found = read_rows(report / name)
-            parts.append(f"<p>{words}</p>" + _table(list(found[0]), [list(row.values()) for row in found]))
+            parts.append(f"<p>{words}</p>")
+            if name == "quality.csv":
+                parts.append(_degradations(found, report))
+            parts.append(_table(list(found[0]), [list(row.values()) for row in found]))
     return "<h2>When it does not answer</h2>" + "".join(parts) if parts else ""
+
+
+def _degradations(rows: Sequence[Row], report: Path) -> str:
+    """Accuracy by strength, of the rows that are called after a kind and its strength."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        kind, _, strength = row["group"].rpartition(" ")
+        if strength.isdigit() and row.get("severe"):
+            found.setdefault(kind, []).append((float(row["accuracy"]), float(row["severe"])))
+    if not found:
+        return ""
+    title = "Accuracy of spoilt images, and the share of them that is referred; dotted: as they are"
+    picture = plots.degradation_figure(found, clean=float(rows[0]["accuracy"]), title=title)
+    return _pictures(report, {"quality.png": picture})
 
 
 def _share(text: str) -> str:

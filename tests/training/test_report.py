@@ -145,14 +145,22 @@ def test_when_it_does_not_answer_is_shown(tmp_path: Path) -> None:
         ),
         "report/ood_scores.csv": table([{"kind": k, "score": s} for k in ("none", "photograph") for s in (0.5, 2)]),
         "report/ood_methods.csv": table([{"method": "another", "auroc": 0.9}]),
-        "report/quality.csv": table([{"group": "blur 5", "images": 40, "accuracy": 0.7654}]),
+        "report/quality.csv": table(
+            [
+                {"group": "as it is", "images": 40, "accuracy": 0.9, "severe": 0.0},
+                *({"group": f"blur {n}", "images": 40, "accuracy": 0.7654, "severe": 0.1 * n} for n in range(1, 6)),
+                {"group": "sharpness below 1, to 2", "images": 40, "accuracy": 0.8, "severe": ""},
+            ]
+        ),
     }
     folder = publish(tmp_path, files | {FILE: b""}, out_of_distribution=limits)
     write_report(folder)
     page = (folder / "report" / "report.html").read_text()
     for figure in ("0.9876", "1.2%", "75.0%", "another", "0.7654"):
         assert figure in page
-    assert (folder / "report" / "ood.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("ood.png", "quality.png"):
+        assert (folder / "report" / picture).read_bytes().startswith(b"\x89PNG")
+        assert picture in page
     card = (folder / "MODEL_CARD.md").read_text()
     assert "| photograph | 0.9876 |" in card
     assert "1.2% of `none`" in card
