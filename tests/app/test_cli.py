@@ -184,6 +184,16 @@ def test_every_action_speaks_json(
     assert json.loads(capsys.readouterr().out) == says
 
 
+def test_a_rollback_speaks_json(
+    quick_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DERMLENS_MODEL_STORE", str(quick_store))
+    store.promote(quick_store, NAME, "2")
+    assert run("models", "rollback", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"name": NAME, "version": "1"}
+    assert store.current(quick_store, NAME) == "1"
+
+
 @pytest.mark.parametrize("variable", ["DERMLENS_SHADOW_VERSION", "DERMLENS_MODEL_VERSION"])
 def test_prune_keeps_the_version_that_a_setting_names(
     small_store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str
