@@ -4,7 +4,7 @@
 # Any base with python3.11 and its venv will do: docs/deployment.md builds on plain Debian.
 ARG BASE_IMAGE=docker.io/library/python:3.11.14-slim-bookworm
 
-# What the server imports, in an environment without pip: the pip that fills it stays in this stage
+# What the server and its extras import, in an environment without pip: the pip that fills it stays in this stage
 FROM ${BASE_IMAGE} AS packages
 # With SOURCE_DATE_EPOCH bytecode names its source by hash: by time it would be stale, since layers round times, and a
 # read-only root would have every start compile everything again

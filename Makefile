@@ -81,9 +81,9 @@ sbom: $(TOOLS)/.installed
 	mkdir -p dist
 	$(TOOLS)/bin/cyclonedx-py environment $(VENV)/bin/python --pyproject pyproject.toml --output-reproducible --of JSON -o dist/sbom.json
 
-# What the server needs without torch, each file with its hashes
+# What the server needs without torch, and its extras, each file with its hashes
 lock: $(TOOLS)/.installed
-	{ sed -n '1,3p' requirements.lock; sed -n '/^dependencies = \[/,/^\]/s/^ *"\(.*\)",$$/\1/p' pyproject.toml | \
+	{ sed -n '1,3p' requirements.lock; sed -nE '/^(dependencies|clinical|tracing) = \[/,/^\]/s/^ *"(.*)",$$/\1/p' pyproject.toml | \
 	  grep -vE '^(torch|torchvision|captum)\b' | $(TOOLS)/bin/uv pip compile --quiet - --constraint constraints.txt \
 	  --generate-hashes --no-header --no-annotate --python-version 3.11 --python-platform x86_64-manylinux_2_28; \
 	} > requirements.lock.new && mv requirements.lock.new requirements.lock

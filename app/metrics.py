@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from http import HTTPStatus
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from app.engines.base import HasMemory
+from app.model.labels import Concern
 from app.model.preprocess import DecodedImage
 from app.model.quality import Measures
 from app.served import Running
@@ -164,6 +166,8 @@ class Metrics:
         for label in manifest.classes:
             self.predictions.labels(label=label, version=manifest.version)
         self.referred.labels(version=manifest.version)
+        for concern in get_args(Concern):
+            self.concerns.labels(reason=concern, version=manifest.version)
         self.positive_probability.labels(version=manifest.version)
         self.device_memory.clear()  # of the engine before, which is freed when nothing holds it
         if isinstance(engine, HasMemory):

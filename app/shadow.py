@@ -36,6 +36,8 @@ class Shadow:
         self._metrics = metrics
         self._batcher = MicroBatcher(engine.run, max_batch=max_batch, max_wait_ms=0, max_queue=max_batch)
         self._scoring: set[asyncio.Task[None]] = set()
+        for reason in ("busy", "deadline", "failed", "incomparable"):  # at zero, so that the first is an increase
+            metrics.shadow_dropped.labels(reason=reason)
 
     def open(self) -> None:
         """Take work; call from the event loop."""

@@ -2,9 +2,9 @@
 
 .venv/bin/python benchmarks/dashboard.py --minutes 3    # needs Debian's package prometheus
 
-One `dermlens serve` under every kind of request of the soak; a Prometheus with the rules of deploy/prometheus scrapes
-it each second. Then the queries of deploy/grafana's own panels are asked over these minutes, and drawn by matplotlib
-in the dashboard's places: the same queries, not Grafana itself.
+One `dermlens serve`, with its own version in the shadow, under every kind of request of the soak; a Prometheus with the
+rules of deploy/prometheus scrapes it each second. Then the queries of deploy/grafana's own panels are asked over these
+minutes, and drawn by matplotlib in the dashboard's places: the same queries, not Grafana itself.
 """
 
 import argparse
@@ -213,7 +213,8 @@ def main() -> None:
     options = parser.parse_args()
     if shutil.which("prometheus") is None:
         sys.exit("dashboard: there is no prometheus here: apt-get install prometheus")
-    with serving(SETTINGS) as served, scraping(f"127.0.0.1:{served.port}") as address:
+    shadow = {"DERMLENS_SHADOW_VERSION": (ROOT / "model_store" / "asff-resnet50" / "current").read_text().strip()}
+    with serving(SETTINGS | shadow) as served, scraping(f"127.0.0.1:{served.port}") as address:
         started = time.time()
         asyncio.run(load(served.port, options.minutes))
         time.sleep(2 * EVERY_S)  # the last answers are scraped

@@ -49,7 +49,7 @@ def scraped(
     caller, scraper = new_key("ward", ["predict"]), new_key("prometheus", ["metrics"])
     (tmp_path / "keys.toml").write_text(caller.toml + scraper.toml)
     (tmp_path / "key").write_text(scraper.secret)
-    app = create_app(Settings(model_store=quick_store, api_keys=tmp_path / "keys.toml"))
+    app = create_app(Settings(model_store=quick_store, api_keys=tmp_path / "keys.toml", shadow_version="2"))
     with running(app) as port, scraping(f"127.0.0.1:{port}", key=tmp_path / "key") as address:
         url, key = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {caller.secret}"}
         with httpx2.Client(base_url=url) as client:

@@ -158,6 +158,11 @@ def test_the_lock_holds_the_same_versions_each_with_its_hashes() -> None:
         assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), entry
 
 
+def test_the_lock_holds_the_extras_of_a_server() -> None:
+    """An image has what writes DICOM, what decodes JPEG-LS, and tracing."""
+    assert requirements("clinical", "tracing") - {"torch", "torchvision", "captum"} <= pins("requirements.lock").keys()
+
+
 def test_the_lock_leaves_torch_out() -> None:
     assert not pins("requirements.lock").keys() & {"torch", "torchvision", "captum", "triton"}
 

@@ -3,11 +3,11 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from app.audit import AuditBroken, Secret, find, verify
+from app.audit import AuditBroken, Secret, Summary, find, verify
 from app.cli.tell import tell
 from app.settings import Settings
 
@@ -35,7 +35,8 @@ def _audit_verify(options: argparse.Namespace, _: Settings) -> int:
     except AuditBroken as error:
         sys.stderr.write(f"dermlens: {error}\n")
         if options.json:
-            tell(options, "", log=str(options.log), sound=False, problem=str(error))
+            unknown = dict.fromkeys(field.name for field in fields(Summary))  # the same fields whatever was found
+            tell(options, "", log=str(options.log), sound=False, problem=str(error), **unknown)
         return 1
     text = (
         f"{options.log}: {summary.records} records in {summary.files} files, {summary.first} to {summary.last}: sound"

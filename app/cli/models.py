@@ -29,7 +29,9 @@ def add(commands: Any) -> None:
     publish.add_argument("--promote", action="store_true", help="and make it the current one")
     publish.set_defaults(run=_publish)
     actions.add_parser("rollback", help="back to the version that was current before").set_defaults(run=_rollback)
-    prune = actions.add_parser("prune", help="delete old versions; the current and the previous one stay")
+    prune = actions.add_parser(
+        "prune", help="delete old versions; the current, the previous and any that a setting names stay"
+    )
     prune.add_argument("--keep", type=int, default=3, help="newest versions to keep (default 3)")
     prune.set_defaults(run=_prune)
     for parser in (models, *actions.choices.values()):
@@ -99,6 +101,7 @@ def _verify(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _prune(options: argparse.Namespace, settings: Settings) -> int:
-    removed = store.prune(settings.model_store, settings.model_name, keep=options.keep)
+    named = {settings.model_version, settings.shadow_version or ""}  # a server may run on either, whatever is current
+    removed = store.prune(settings.model_store, settings.model_name, keep=options.keep, also=named)
     tell(options, f"removed: {', '.join(removed) or 'nothing'}", name=settings.model_name, removed=removed)
     return 0

@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -388,8 +388,8 @@ def _make_current(root: Path, name: str, version: str) -> None:
     _replace(root / name / CURRENT, f"{version}\n")
 
 
-def prune(root: Path, name: str, *, keep: int) -> list[str]:
-    """Delete all but the newest `keep` versions, the current one and the previous one, and what a kill left over.
+def prune(root: Path, name: str, *, keep: int, also: Collection[str] = ()) -> list[str]:
+    """Delete all versions but the newest `keep`, the current, the previous and `also`, and what a kill left over.
 
     Returns:
         The versions that were removed, in the order of `versions`.
@@ -401,7 +401,7 @@ def prune(root: Path, name: str, *, keep: int) -> list[str]:
     if keep < 0:
         raise ValueError("keep: give 0 or more")
     with _alone(_folder(root, name)):
-        needed = {current(root, name)}
+        needed = {current(root, name), *also}
         with suppress(VersionMissing):
             needed.add(previous(root, name))
         for left_over in (root / name).glob(".*.partial"):

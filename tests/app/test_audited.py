@@ -81,12 +81,25 @@ def test_the_log_goes_on_after_a_restart_and_is_checked_by_command(
 
     assert run("audit", "verify", log, "--key-file", key) == 0
     assert "2 records in 1 files" in capsys.readouterr().out
+    assert run("audit", "verify", log, "--key-file", key, "--json") == 0
+    sound = json.loads(capsys.readouterr().out)
+    first, last = (record["time"] for record in records(settings))
+    assert sound == {
+        **{"log": log, "sound": True, "problem": None},
+        **{"records": 2, "files": 1, "first": first, "last": last},
+    }
     (tmp_path / "a.jpg").write_bytes(lesion)
     assert run("audit", "find", str(tmp_path / "a.jpg"), "--log", log, "--key-file", key) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
     Path(log).write_text(Path(log).read_text().replace("malignant", "benign", 1))
     assert run("audit", "verify", log, "--key-file", key) == 1
     assert "line 1" in capsys.readouterr().err
+    assert run("audit", "verify", log, "--key-file", key, "--json") == 1
+    out, err = capsys.readouterr()
+    broken = json.loads(out)
+    assert broken == dict.fromkeys(sound) | {"log": log, "sound": False, "problem": broken["problem"]}
+    assert err == f"dermlens: {broken['problem']}\n"
+    assert "line 1" in broken["problem"]
 
 
 def test_a_second_server_on_one_log_and_a_log_without_a_secret_are_refused(

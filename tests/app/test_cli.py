@@ -1,5 +1,6 @@
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from app.cli import main
 from app.model import store
 from app.model.labels import NOTICE
-from tests.conftest import make_manifest
+from tests.conftest import NAME, make_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -181,6 +182,29 @@ def test_every_action_speaks_json(
     monkeypatch.setenv("DERMLENS_MODEL_STORE", str(quick_store))
     assert run(*command[:place], "--json", *(command[place:] if place else ())) == 0
     assert json.loads(capsys.readouterr().out) == says
+
+
+def test_a_rollback_speaks_json(
+    quick_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DERMLENS_MODEL_STORE", str(quick_store))
+    store.promote(quick_store, NAME, "2")
+    assert run("models", "rollback", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"name": NAME, "version": "1"}
+    assert store.current(quick_store, NAME) == "1"
+
+
+@pytest.mark.parametrize("variable", ["DERMLENS_SHADOW_VERSION", "DERMLENS_MODEL_VERSION"])
+def test_prune_keeps_the_version_that_a_setting_names(
+    small_store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str
+) -> None:
+    root = small_store("1", "2", "3")
+    store.promote(root, NAME, "3")
+    monkeypatch.setenv("DERMLENS_MODEL_STORE", str(root))
+    monkeypatch.setenv(variable, "1")
+    assert run("models", "prune", "--keep", "1") == 0
+    assert capsys.readouterr().out == "removed: 2\n"
+    assert store.versions(root, NAME) == ["1", "3"]
 
 
 def test_explain_and_keys_speak_json(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """`dermlens export`, by the files that it leaves: ONNX Runtime for the network, Triton's own schema for its config."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -102,9 +103,14 @@ def test_the_client_in_the_docs_gives_the_servers_answer(
         assert picture.size == (320, 240)
 
 
-def test_a_triton_repository_has_its_layout_and_a_config_that_triton_reads(tmp_path: Path) -> None:
+def test_a_triton_repository_has_its_layout_and_a_config_that_triton_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for _ in range(2):  # a second time replaces the file
-        assert run("export", "--triton", tmp_path) == 0
+        assert run("export", "--triton", tmp_path, "--json") == 0
+        told = json.loads(capsys.readouterr().out)
+        assert 0 <= told.pop("strayed") < 1e-3
+        assert told == {"output": str(tmp_path / NAME / "1" / "model.onnx"), "name": NAME, "version": "1"}
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
         f"{NAME}/1/model.onnx",
         f"{NAME}/config.pbtxt",

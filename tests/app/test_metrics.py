@@ -71,6 +71,7 @@ def test_what_has_not_happened_yet_is_zero_and_not_missing(quick: TestClient) ->
         ("dermlens_reloads_total", "refused"),
         ("dermlens_predictions_total", "malignant", "1"),
         ("dermlens_referred_total", "1"),
+        ("dermlens_refer_reasons_total", "quality", "1"),
         ("dermlens_positive_probability_count", "1"),
     ):
         assert found[(name, *labels)] == 0

@@ -1,5 +1,6 @@
 """`dermlens models publish`: a version made elsewhere comes into the store whole and running, or not at all."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,14 @@ def test_it_is_not_current_unless_asked_for_and_comes_once(
     assert store.versions(root, NAME) == ["1"]
     assert not (root / NAME / store.CURRENT).exists()
     assert f"{NAME} 1 is in {root} already" in refused(copied, capsys)
+
+
+@pytest.mark.parametrize("promoted", [True, False])
+def test_it_is_told_as_json(root: Path, copied: Path, capsys: pytest.CaptureFixture[str], promoted: bool) -> None:
+    assert run("models", "publish", copied, "--json", *(["--promote"] if promoted else [])) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    folder = str(root / NAME / "1")
+    assert json.loads(line) == {"name": NAME, "version": "1", "folder": folder, "current": promoted}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -70,6 +70,7 @@ def test_a_shadow_that_disagrees_is_counted_and_changes_no_answer(root: Path, le
         alone = ask(client, lesion)
         assert series(client, "dermlens_shadow_") == 0
     with server(root) as client:
+        assert 'dermlens_shadow_dropped_total{reason="failed"} 0.0' in client.get("/metrics").text
         for number in range(1, 4):
             assert ask(client, lesion) == alone
             until(lambda number=number: series(client, "dermlens_shadow_pairs_total") == number, "scored")  # type: ignore[misc]

@@ -285,6 +285,13 @@ def test_prune_removes_nothing_where_there_are_fewer_than_to_keep(small_store: P
     assert store.versions(root, NAME) == ["1", "2"]
 
 
+def test_prune_keeps_what_else_it_is_told_to(small_store: Publish) -> None:
+    root = small_store("1", "2", "3", "4")
+    store.promote(root, NAME, "4")
+    assert store.prune(root, NAME, keep=1, also={"2", "current", "9"}) == ["1", "3"]
+    assert store.versions(root, NAME) == ["2", "4"]
+
+
 def test_prune_refuses_to_keep_fewer_than_none(small_store: Publish) -> None:
     root = promoted(small_store, "1")
     with pytest.raises(ValueError, match=r"^keep: give 0 or more$"):
