@@ -17,6 +17,7 @@ def test_doctor_looks_at_everything(
 ) -> None:
     monkeypatch.setenv("DERMLENS_MODEL_STORE", str(careful_store))
     monkeypatch.setenv("DERMLENS_MAX_BACH", "4")
+    monkeypatch.setattr("app.cli.doctor.REPEATS", 3)
     assert run("doctor", "--json") == 0
     findings = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert all(finding.keys() == {"check", "status", "detail"} for finding in findings)

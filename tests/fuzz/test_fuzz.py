@@ -1,4 +1,4 @@
-"""Half a minute of fuzzing for each target; `make fuzz` takes an hour."""
+"""Seconds of fuzzing for each target; `make fuzz` takes an hour."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ FUZZ = ROOT / "tests" / "fuzz" / "fuzz.py"
 
 @pytest.mark.parametrize("target", ["decode", "multipart", "v2"])
 def test_nothing_that_a_stranger_sends_breaks_it(target: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(FUZZ), target, "-max_total_time=20", "-rss_limit_mb=0"]
+    command = [sys.executable, str(FUZZ), target, "-max_total_time=6", "-rss_limit_mb=0"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, errors="replace")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "DONE" in done.stderr
