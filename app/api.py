@@ -4,6 +4,7 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -11,13 +12,15 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import WithJsonSchema
 
 from app import logs
 from app.clinical import fhir
 from app.errors import KINDS, report
 from app.model.flips import Tta
-from app.model.labels import OFF, PREDICTED, check_choices
+from app.model.labels import OFF, PREDICTED, check_choices, check_metadata
 from app.model.manifest import Identifier
+from app.model.metadata import OLDEST, SEXES, SITES, Metadata, Sex, Site
 from app.model.overlay import Method, Overlay, Style, aim, render
 from app.model.preprocess import PREVIEW_SIDE
 from app.schemas import (
@@ -112,6 +115,34 @@ def build_router(service: Service, keys: KeyRing | None = None) -> APIRouter:  #
             yield rule
 
     chosen_rule = Depends(choose_rule)
+    described = first.metadata is not None  # experimental, so nobody else reads of it
+
+    async def add_metadata(
+        rule: Annotated[Rule, chosen_rule],
+        age: Annotated[
+            float | None,
+            Query(
+                ge=0, le=OLDEST, allow_inf_nan=False, description="Years. Experimental.", include_in_schema=described
+            ),
+            WithJsonSchema({"type": "number", "minimum": 0, "maximum": OLDEST}),  # no query is null
+        ] = None,
+        sex: Annotated[
+            Sex | None,
+            Query(description="Experimental.", include_in_schema=described),
+            WithJsonSchema({"type": "string", "enum": list(SEXES)}),
+        ] = None,
+        site: Annotated[
+            Site | None,
+            Query(description="Where the lesion is, in ISIC's terms. Experimental.", include_in_schema=described),
+            WithJsonSchema({"type": "string", "enum": list(SITES)}),
+        ] = None,
+    ) -> Rule:
+        """The rule of one image, with what else is known of it; refused where the version has no use for that."""
+        metadata = Metadata(age, sex, site)
+        check_metadata(rule.running.manifest, metadata.known)
+        return replace(rule, metadata=metadata)
+
+    image_rule = Depends(add_metadata)
 
     async def read_one(request: Request) -> bytes:
         data = await service.timed(
@@ -139,7 +170,7 @@ def build_router(service: Service, keys: KeyRing | None = None) -> APIRouter:  #
     async def predict(
         request: Request,
         response: Response,
-        rule: Annotated[Rule, chosen_rule],
+        rule: Annotated[Rule, image_rule],
         wanted: Annotated[
             Literal["json", "fhir"], Query(alias="format", description="`fhir` is a DiagnosticReport of FHIR R4.")
         ] = "json",
@@ -198,7 +229,7 @@ def build_router(service: Service, keys: KeyRing | None = None) -> APIRouter:  #
     )
     async def explain(
         request: Request,
-        rule: Annotated[Rule, chosen_rule],
+        rule: Annotated[Rule, image_rule],
         target: Annotated[
             str, Query(description="`predicted` or a class name.", json_schema_extra={"enum": targets})
         ] = PREDICTED,

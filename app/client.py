@@ -25,6 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from app.files import images_in
 from app.model.flips import Tta
+from app.model.metadata import Sex, Site
 from app.model.overlay import Method, Style
 from app.schemas import BatchItem, Explanation, Health, Models, Prediction, Problem
 
@@ -154,9 +155,12 @@ class AsyncClient:
     ) -> None:
         await self._http.__aexit__(kind, error, trace)
 
-    async def predict(self, image: Image) -> Prediction:
-        """Classify one image."""
-        response = await self._post("/predict", content=await _read(image))
+    async def predict(
+        self, image: Image, *, age: float | None = None, sex: Sex | None = None, site: Site | None = None
+    ) -> Prediction:
+        """Classify one image; `age` (years), `sex` and `site` are experimental, for a version that takes them."""
+        known = {"age": age, "sex": sex, "site": site}
+        response = await self._post("/predict", params=known, content=await _read(image))
         return Prediction.model_validate_json(response.content)
 
     async def predict_many(self, images: Sequence[Image]) -> list[Prediction | DermlensError]:
@@ -184,10 +188,14 @@ class AsyncClient:
         style: Style = "overlay",
         method: Method = "gradcam",
         alpha: float = 0.6,
+        age: float | None = None,
+        sex: Sex | None = None,
+        site: Site | None = None,
     ) -> Explanation:
-        """Classify one image and show where the evidence for `target` lies; `overlay_png` is base64."""
+        """As `predict`, and show where the image's evidence for `target` lies; `overlay_png` is base64."""
         choice = {"target": target, "style": style, "method": method, "alpha": alpha}
-        response = await self._post("/explain", params=choice, content=await _read(image))
+        known = {"age": age, "sex": sex, "site": site}
+        response = await self._post("/explain", params=choice | known, content=await _read(image))
         return Explanation.model_validate_json(response.content)
 
     async def models(self) -> Models:
@@ -328,9 +336,9 @@ class Client:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def predict(self, image: Image) -> Prediction:
+    def predict(self, image: Image, **known: Any) -> Prediction:
         """As `AsyncClient.predict`."""
-        return self._portal.call(self._client.predict, image)
+        return self._portal.call(lambda: self._client.predict(image, **known))
 
     def predict_many(self, images: Sequence[Image]) -> list[Prediction | DermlensError]:
         """As `AsyncClient.predict_many`."""

@@ -28,6 +28,7 @@ from app.middleware import RequestContext
 from app.model import store
 from app.model.labels import NOTICE, check_choices
 from app.model.manifest import Manifest
+from app.model.metadata import Fusion
 from app.model.out_of_distribution import Familiar
 from app.pages import add_docs, add_page
 from app.schemas import ModelInfo
@@ -52,6 +53,7 @@ class OpenModel(NamedTuple):
     engine: Engine
     manifest: Manifest
     familiar: Familiar | None
+    fusion: Fusion | None
 
 
 def open_model(
@@ -81,7 +83,7 @@ def open_loaded(settings: Settings, loaded: store.LoadedVersion) -> OpenModel:
     manifest = loaded.manifest
     check_choices(manifest, **defaults_for(manifest, settings))
     engine = build_engine(settings.engine, loaded, precision=settings.precision, threads=settings.cpu_threads)
-    return OpenModel(engine, manifest, loaded.familiar)
+    return OpenModel(engine, manifest, loaded.familiar, loaded.fusion)
 
 
 def defaults_for(manifest: Manifest, settings: Settings) -> dict[str, str | None]:
@@ -267,7 +269,7 @@ def check_decoder(settings: Settings) -> None:
 
 def start(settings: Settings, version: str, metrics: Metrics, tracing: "Tracing | None") -> Running:
     """A version that is loaded, warm, and ready to take work; raises as `open_model` does."""
-    engine, manifest, familiar = model = open_model(settings, version, step=metrics.starting)
+    engine, manifest, familiar, fusion = model = open_model(settings, version, step=metrics.starting)
     with metrics.starting("warm_up"):
         max_batch = warm(settings, model)
     batcher = MicroBatcher(
@@ -280,7 +282,7 @@ def start(settings: Settings, version: str, metrics: Metrics, tracing: "Tracing 
         is_fatal=lambda error: isinstance(error, DeviceLost),
         around=tracing.batch if tracing is not None else lambda _: nullcontext(),
     )
-    return Running(engine, manifest, batcher, familiar)
+    return Running(engine, manifest, batcher, familiar, fusion)
 
 
 def warm(settings: Settings, model: OpenModel) -> int:
@@ -295,7 +297,7 @@ def start_shadow(settings: Settings, metrics: Metrics) -> Shadow | None:
     if settings.shadow_version is None:
         return None
     try:
-        engine, manifest, _ = model = open_model(settings, settings.shadow_version)
+        engine, manifest, *_ = model = open_model(settings, settings.shadow_version)
         max_batch = warm(settings, model)
     except Exception as error:  # of the store, of the engine's library: whatever it is, the served version serves
         LOG.error("no shadow: version %s cannot be loaded: %s", settings.shadow_version, error)

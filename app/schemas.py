@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 
 from app.model.labels import NOTICE, Concern, Judgement
 from app.model.manifest import Manifest, Probability
+from app.model.metadata import Field as MetadataField
 from app.model.overlay import Method
 from app.model.preprocess import DecodedImage
 
@@ -35,7 +36,9 @@ class Decision(BaseModel):
         description="`conformal`: `prediction_set` does not hold exactly one class; `out_of_distribution`: the image "
         "is unlike what the model knows; `quality`: it is so spoilt that the model errs more."
     )
-    reasons: list[str] = Field(description="Why it refers, or how a set of one class differs from the label.")
+    reasons: list[str] = Field(
+        description="Why it refers, how a set of one class differs from the label, what else was used."
+    )
     out_of_distribution: OutOfDistribution | None = Field(description="Null where the version does not measure it.")
     prediction_set: list[str] | None = Field(
         description="The classes that stay plausible at this coverage, maybe none; null where no rule was applied."
@@ -59,6 +62,7 @@ class Prediction(BaseModel):
     probabilities: dict[str, Probability]
     decision: Decision
     image: ImageFacts
+    metadata: list[MetadataField] = Field([], description="What was used beside the image; experimental.")
     notice: str = NOTICE
 
 
@@ -162,4 +166,5 @@ def prediction_fields(
         "probabilities": judgement.probabilities,
         "decision": decision,
         "image": ImageFacts(width=image.width, height=image.height, format=image.format, warnings=list(image.warnings)),
+        "metadata": list(judgement.metadata),
     }

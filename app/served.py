@@ -12,6 +12,7 @@ from anyio import to_thread
 from app.batcher import MicroBatcher
 from app.engines.base import Engine
 from app.model.manifest import Manifest
+from app.model.metadata import Fusion
 from app.model.out_of_distribution import Familiar
 
 LOG = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Running:
     manifest: Manifest
     batcher: MicroBatcher
     familiar: Familiar | None = None  # what an image's score is computed from, where the version has it
+    fusion: Fusion | None = None  # what adds metadata to an image's logits, where the version has it
     users: int = 0  # requests that were begun with it
     unused: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -18,6 +18,7 @@ from app.metrics import Metrics
 from app.model.flips import AXES, Tta, flips, mean_cam, mean_logits
 from app.model.labels import Judgement, judge
 from app.model.manifest import Manifest
+from app.model.metadata import Metadata, fuse
 from app.model.out_of_distribution import score_of
 from app.model.preprocess import DecodedImage
 from app.model.quality import Quality, assess, measure
@@ -47,6 +48,7 @@ class Rule:
     timeout_s: float
     background: bool
     tta: Tta = "none"
+    metadata: Metadata = field(default_factory=Metadata)
 
     @property
     def passes(self) -> int:
@@ -145,12 +147,13 @@ class Service:
             self.tracing.ran(result)
         self.metrics.batch_size.observe(result.batch_size)
         judgement = judge(
-            result.logits,
+            fuse(result.logits, rule.metadata, rule.running.fusion),
             manifest,
             rule.operating_point,
             coverage=rule.coverage,
             score=score_of(result.features, rule.running.familiar),
             spoilt=quality.spoilt,
+            metadata=rule.metadata.known,
         )
         self.metrics.predictions.labels(label=judgement.label, version=manifest.version).inc()
         self.metrics.referred.labels(version=manifest.version).inc(judgement.refer)
@@ -193,6 +196,7 @@ class Service:
             "positive": judgement.positive,
             "refer": judgement.refer,
             "refer_because": judgement.refer_because,
+            "metadata": judgement.metadata,  # names of fields, never their values
         }
         # Not among the workers that decode: it waits for the disk
         number = await to_thread.run_sync(lambda: audit.append(data, **entry))

@@ -73,7 +73,7 @@ class Shadow:
         manifest = self._manifest
         same_rule = answered.threshold is None or answered.operating_point in manifest.operating_points
         same_input = pixels.shape[-1] == manifest.preprocessing.size
-        return same_rule and same_input and tuple(answered.probabilities) == manifest.classes
+        return same_rule and same_input and not answered.metadata and tuple(answered.probabilities) == manifest.classes
 
     async def _score(self, pixels: NDArray[np.uint8], answered: Judgement, served: str) -> None:
         try:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from app.engines.base import Output
 from app.main import create_app
-from app.model import store
+from app.model import metadata, store
 from app.model.architecture import IMAGENET_MEAN, IMAGENET_STD, LesionNet
 from app.model.manifest import (
     SCHEMA_VERSION,
@@ -29,10 +29,12 @@ from app.model.manifest import (
     Architecture,
     Gate,
     Manifest,
+    MetadataFusion,
     OperatingPoint,
     Preprocessing,
     Split,
 )
+from app.model.metadata import FIELDS, WIDTH, Fusion
 from app.model.overlay import Method
 from app.model.store import LoadedVersion
 from app.protocol import GuardedProtocol
@@ -129,10 +131,34 @@ def make_rule(benign: float, malignant: float) -> Abstention:
 def careful_store(tmp_path_factory: pytest.TempPathFactory, random_weights: bytes) -> Path:
     """As `model_store`, at 64 pixels, and it abstains: both classes at 0.90, neither at 0.95, benign alone at 0.99."""
     root = tmp_path_factory.mktemp("careful_store")
+    store.publish(root, careful_manifest(), {store.WEIGHTS: random_weights})
+    store.promote(root, NAME, "1")
+    return root
+
+
+def careful_manifest(**changes: Any) -> Manifest:
+    """That of `careful_store`."""
     small = Preprocessing(size=64, resize="squash-bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD)
     rules = {"0.90": make_rule(0, 0), "0.95": make_rule(1, 1), "0.99": make_rule(0, 1)}
-    manifest = make_manifest(preprocessing=small, abstention=rules)
-    store.publish(root, manifest, {store.WEIGHTS: random_weights})
+    return make_manifest(preprocessing=small, abstention=rules, **changes)
+
+
+def random_fusion(*, classes: int = 2) -> Fusion:
+    """A head of four units for age, sex and site."""
+    rng = np.random.default_rng(0)
+    shapes = ((4, classes + WIDTH), (4,), (classes, 4))
+    return Fusion(*(rng.normal(0, 1, shape).astype(np.float32) for shape in shapes))
+
+
+@pytest.fixture(scope="session")
+def told_store(tmp_path_factory: pytest.TempPathFactory, random_weights: bytes) -> Path:
+    """As `careful_store`, and it takes age, sex and site, by a head of random weights."""
+    root = tmp_path_factory.mktemp("told_store")
+    about = MetadataFusion(
+        experimental=True, fields=FIELDS, trained_on="nothing", held_out="nothing", roc_auc={}, gain={}
+    )
+    head = safetensors.numpy.save(random_fusion().arrays())
+    store.publish(root, careful_manifest(metadata=about), {store.WEIGHTS: random_weights, metadata.FILE: head})
     store.promote(root, NAME, "1")
     return root
 

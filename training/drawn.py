@@ -2,11 +2,16 @@
 
 import io
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from app.model.metadata import SEXES, SITES, Metadata
+
 PER_CLASS = 40
+TRUE_LOOKS = 0.8  # share of drawn cases that look like what they are
+MISSING = 0.25  # share of drawn cases that lack a field, each field by itself
 
 
 def draw_lesion(kind: int, seed: int, *, size: tuple[int, int] = (224, 224)) -> Image.Image:
@@ -33,6 +38,44 @@ def draw_dataset(classes: list[str]) -> Iterator[tuple[str, int, bytes]]:
     """`PER_CLASS` PNG files a class as (name, label, bytes)."""
     for label, kind in enumerate(classes):
         for number in range(PER_CLASS):
-            buffer = io.BytesIO()
-            draw_lesion(label, number, size=(96, 96)).save(buffer, "PNG")
-            yield f"{kind}/{number:03d}.png", label, buffer.getvalue()
+            yield f"{kind}/{number:03d}.png", label, _png(label, number)
+
+
+def _png(kind: int, seed: int) -> bytes:
+    buffer = io.BytesIO()
+    draw_lesion(kind, seed, size=(96, 96)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Case(NamedTuple):
+    """A drawn lesion, and what is drawn to be known of it."""
+
+    image: bytes  # PNG
+    label: int
+    metadata: Metadata
+
+
+def draw_cases(count: int, *, seed: int, effect: float = 1) -> Iterator[Case]:
+    """Lesions whose class, 0 or 1, leans on an age and a site that were drawn first; their sex says nothing.
+
+    One in five looks like the other class, so that no image alone can tell; none of them is of `draw_dataset`.
+
+    Args:
+        effect: how much age and site say; with 0 nothing.
+    """
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        age, sex, site = float(rng.integers(20, 91)), int(rng.integers(len(SEXES))), int(rng.integers(len(SITES)))
+        leaning = effect * ((age - 55) / 20 + (1 if site % 2 else -1))
+        label = int(rng.random() < 1 / (1 + np.exp(-leaning)))
+        look = label if rng.random() < TRUE_LOOKS else 1 - label
+        known = rng.random(3) >= MISSING
+        yield Case(
+            _png(look, PER_CLASS + count * seed + number),
+            label,
+            Metadata(
+                age=age if known[0] else None,
+                sex=SEXES[sex] if known[1] else None,
+                site=SITES[site] if known[2] else None,
+            ),
+        )

@@ -85,7 +85,7 @@ referred.
 | coverage asked for | share of each class whose set holds it | referred |
 | --- | --- | --- |
 {rules}
-{_refusal(manifest)}{_int8(manifest)}
+{_refusal(manifest)}{_beside(manifest)}{_int8(manifest)}
 ## Limits
 
 {_list(LIMITS)}
@@ -111,6 +111,30 @@ Of held-out dermoscopy that flags {flagged}. AUROC of foreign images against hel
 
 They are pictures that software packages carry, and drawn ones. Clinical photographs of skin without a lesion were not
 to be had, so nothing is known about those.
+"""
+
+
+def _beside(manifest: Manifest) -> str:
+    """What the version takes beside the image, where it does."""
+    found = manifest.metadata
+    if found is None:
+        return ""
+    rows = "\n".join(
+        f"| {known} | {auc.value:.4f} | {found.gain[known].value:+.4f} | {found.gain[known].low:+.4f} to "
+        f"{found.gain[known].high:+.4f} |"
+        for known, auc in found.roc_auc.items()
+    )
+    return f"""
+## Beside the image: {", ".join(found.fields)} (experimental)
+
+A small head moves the logits where a request tells more than the image; where it does not, they stay as they are.
+It was trained on {found.trained_on}.
+The figures are of {found.held_out}.
+Thresholds and prediction sets are those of the image alone.
+
+| known | ROC-AUC | gain on the image alone | 95% interval |
+| --- | --- | --- | --- |
+{rows}
 """
 
 

@@ -8,18 +8,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.model.manifest import Abstention, Manifest
+from app.model.metadata import Field
 
 NOTICE = "Research use only. Not a medical device."
 OFF = "off"  # the coverage at which nothing is referred
 PREDICTED = "predicted"  # the target that follows the decision
 FOREIGN = "the image is unlike the dermoscopic images that the model knows: its score is {:.2f} times the limit"
-
+BESIDE = "used beside the image: {} (experimental; operating points and prediction sets were fitted without)"
 
 Concern = Literal["conformal", "out_of_distribution", "quality"]  # why a person should look instead
 
 
 class UnknownChoice(ValueError):
-    """An operating point, coverage or target that the version does not have."""
+    """An operating point, coverage, target or field of metadata that the version does not have."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Judgement:
     coverage: str | None = None  # of the prediction set; None where no abstention rule was applied
     prediction_set: tuple[str, ...] | None = None  # the classes that stay plausible, maybe none; None without a rule
     refer_because: tuple[Concern, ...] = ()  # conformal: the set does not hold exactly one class
-    reasons: tuple[str, ...] = ()  # why it refers, or how the set differs from the label; for a person to read
+    reasons: tuple[str, ...] = ()  # why it refers, how the set differs from the label, what else was used; in words
     out_of_distribution: Novelty | None = None  # None: this version or engine does not tell
+    metadata: tuple[Field, ...] = ()  # what was used beside the image
 
     @property
     def refer(self) -> bool:
@@ -76,6 +78,14 @@ def check_choices(
             raise UnknownChoice(f"no {kind} {chosen!r}: this version has {', '.join(known) or 'none'}")
 
 
+def check_metadata(manifest: Manifest, fields: Sequence[Field]) -> None:
+    """Refuse what the version cannot use beside the image; raises UnknownChoice."""
+    taken = manifest.metadata.fields if manifest.metadata else ()
+    if left_over := [field for field in fields if field not in taken]:
+        takes = f"takes {' and '.join(taken)} alone" if taken else "answers from the image alone"
+        raise UnknownChoice(f"no use for {' and '.join(left_over)}: this version {takes}")
+
+
 def judge(
     logits: NDArray[np.float32],
     manifest: Manifest,
@@ -84,6 +94,7 @@ def judge(
     coverage: str,
     score: float | None = None,
     spoilt: Sequence[str] = (),
+    metadata: tuple[Field, ...] = (),
 ) -> Judgement:
     """Probabilities, decision and referral for the logits [K] of one image; the last of two classes is the positive.
 
@@ -98,6 +109,7 @@ def judge(
         coverage: key of `manifest.abstention`; with any other, `off` among them, no set is formed.
         score: of `out_of_distribution.Familiar`; None where it is not known.
         spoilt: what is so wrong with the image that its answer is not to be relied on, in words.
+        metadata: what the logits owe to more than the image.
     """
     probabilities = calibrate(logits, manifest.temperature)
     by_class = {name: float(p) for name, p in zip(manifest.classes, probabilities, strict=True)}
@@ -122,6 +134,9 @@ def judge(
             answer = _refer(answer, "out_of_distribution", FOREIGN.format(score / limits.threshold))
     for reason in spoilt:
         answer = _refer(answer, "quality", reason)
+    if metadata:
+        told = BESIDE.format(" and ".join(metadata))
+        answer = replace(answer, metadata=metadata, reasons=(*answer.reasons, told))
     return answer
 
 

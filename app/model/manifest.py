@@ -6,6 +6,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from app.model.metadata import Field as MetadataField
+
 SCHEMA_VERSION: Final = 2  # 1: without abilities; docs/upgrading.md lists what each brought
 
 Gate = Literal["channel_softmax", "branch_softmax"]
@@ -91,6 +93,20 @@ class OutOfDistribution(Part):
     auroc: dict[str, Probability]  # kind of foreign image -> AUROC; "all" is over every one of them
 
 
+class MetadataFusion(Part):
+    """What else than the image a version takes: `metadata.Fusion`, and what that gained on held-out images.
+
+    Thresholds and prediction sets are those of the image alone.
+    """
+
+    experimental: Literal[True]
+    fields: Annotated[tuple[MetadataField, ...], Field(min_length=1)]
+    trained_on: str  # in words
+    held_out: str  # what the figures are of, in words
+    roc_auc: dict[str, Metric]  # what was known -> value
+    gain: dict[str, Metric]  # the same -> paired difference to the image alone
+
+
 class Split(Part):
     """Where the metrics come from."""
 
@@ -125,6 +141,7 @@ class Manifest(Part):
     calibrated_on: str = ""  # where temperature, operating points and abstention were fitted, in words
     quantization: Comparison | None = None  # None: int8 was not tried
     out_of_distribution: OutOfDistribution | None = None  # None: nothing is flagged
+    metadata: MetadataFusion | None = None  # None: it answers from the image alone
     split: Split
     training_config: dict[str, Any]
     git_commit: str

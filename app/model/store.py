@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
+from app.model import metadata
 from app.model.manifest import FileRecord, Identifier, Manifest, NewerSchema
 from app.model.out_of_distribution import FILE as FAMILIAR
 from app.model.out_of_distribution import Familiar, from_arrays
@@ -74,6 +75,7 @@ class LoadedVersion:
     weights: dict[str, NDArray[np.generic]]  # as stored: float16 matrices, float32 vectors
     int8: Int8Graph | None = None
     familiar: Familiar | None = None  # what a score is computed from; None: the version flags nothing
+    fusion: metadata.Fusion | None = None  # None: it answers from the image alone
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,8 @@ def load(root: Path, name: str, version: str) -> LoadedVersion:
 
 def _contents(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     """Every file that the manifest lists, verified; those that are needed once, even where it forgets them."""
-    needed = (WEIGHTS, FAMILIAR) if manifest.out_of_distribution else (WEIGHTS,)
+    abilities = {FAMILIAR: manifest.out_of_distribution, metadata.FILE: manifest.metadata}
+    needed = (WEIGHTS, *(file for file, section in abilities.items() if section))
     return {file: _read_verified(folder, file, manifest) for file in dict.fromkeys((*needed, *manifest.files))}
 
 
@@ -239,7 +242,11 @@ def _assembled(manifest: Manifest, contents: Mapping[str, bytes]) -> LoadedVersi
     try:
         weights = safetensors.numpy.load(contents[WEIGHTS])
         familiar = from_arrays(safetensors.numpy.load(contents[FAMILIAR])) if manifest.out_of_distribution else None
-        return LoadedVersion(manifest, weights, int8, familiar)
+        fusion = None
+        if manifest.metadata:
+            arrays = safetensors.numpy.load(contents[metadata.FILE])
+            fusion = metadata.from_arrays(arrays, classes=len(manifest.classes))
+        return LoadedVersion(manifest, weights, int8, familiar, fusion)
     except ValueError as error:
         raise VersionDamaged(f"{manifest.name} {manifest.version}: {error}") from None
     except (SafetensorError, KeyError) as error:  # KeyError: a type that NumPy has not

@@ -1,6 +1,7 @@
 """Nothing of a patient reaches a log or a disk: a marked image goes through every route of a real server."""
 
 import base64
+import json
 import os
 import re
 import secrets
@@ -32,6 +33,10 @@ MAX_UPLOAD = 4_000_000
 SIDE = 700  # pixels of noise: a PNG of 1.4 MB, over what starlette keeps in memory by itself
 
 strace = shutil.which("strace")
+
+
+# What a request tells of a patient in words of its own
+KNOWN = {"age": f"47.{secrets.randbelow(10**9):09d}1", "sex": "female", "site": "oral/genital"}
 
 
 def marked(kind: str) -> bytes:
@@ -121,7 +126,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, careful_store: Path) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory, told_store: Path) -> Run:
     """A server that was sent the marked image in every way, and stopped."""
     folder, port = tmp_path_factory.mktemp("server"), free_port()
     for name in ("tmp", "work", "home"):
@@ -129,7 +134,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, careful_store: Path) -> Run:
     key = folder / "audit.key"
     key.write_bytes(secrets.token_bytes(32))
     settings = {
-        "DERMLENS_MODEL_STORE": str(careful_store),
+        "DERMLENS_MODEL_STORE": str(told_store),
         "DERMLENS_PORT": str(port),
         "DERMLENS_LOG_LEVEL": "debug",
         "DERMLENS_MAX_UPLOAD_BYTES": str(MAX_UPLOAD),
@@ -214,6 +219,9 @@ def send_everything(port: int) -> dict[str, int]:
             send(f"{path} no file", "POST", path, files={MARKER: part(png)})
             send(f"{path} point", "POST", path, content=jpeg, params={"operating_point": MARKER})
             send(f"{path} time", "POST", path, content=jpeg, headers={"x-timeout-ms": MARKER})
+            send(f"{path} known", "POST", path, content=jpeg, params=KNOWN)
+            send(f"{path} age", "POST", path, content=jpeg, params=KNOWN | {"age": "-" + KNOWN["age"]})
+            send(f"{path} site", "POST", path, content=jpeg, params=KNOWN | {"site": MARKER})
             send(f"{path} late", "POST", path, content=jpeg, headers={"x-timeout-ms": "1"})
             for name, head in (
                 ("boundary", "multipart/form-data"),
@@ -289,6 +297,16 @@ def test_nothing_of_the_patient_is_in_what_the_server_left(run: Run) -> None:
         if leak := found_in(path.read_bytes()) or found_in(os.fsencode(path)):
             leaks[path.name] = leak
     assert not leaks
+
+
+def test_no_age_sex_or_site_is_in_what_the_server_left(run: Run) -> None:
+    assert [run.answered[f"{path} known"] for path in ("/predict", "/explain")] == [200, 200]
+    assert {run.answered[f"/predict {field}"] for field in ("age", "site")} == {422}
+    records = [json.loads(line) for line in (run.folder / "audit.log").read_text().splitlines()]
+    assert ["age", "sex", "site"] in [record.get("metadata") for record in records]
+    for path in run.folder.rglob("*"):
+        for view in views(path.read_bytes()) if path.is_file() else ():
+            assert not [value for value in KNOWN.values() if value.encode() in view], path.name
 
 
 @pytest.mark.skipif(strace is None, reason="strace is not installed")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.model import store
-from app.model.manifest import Abstention, Metric, OutOfDistribution
+from app.model import metadata, store
+from app.model.manifest import Abstention, MetadataFusion, Metric, OutOfDistribution
 from app.model.out_of_distribution import FILE
 from tests.conftest import NAME, ROOT, make_manifest
 from training.calibrate import cross_fitted
@@ -164,6 +164,24 @@ def test_when_it_does_not_answer_is_shown(tmp_path: Path) -> None:
     card = (folder / "MODEL_CARD.md").read_text()
     assert "| photograph | 0.9876 |" in card
     assert "1.2% of `none`" in card
+
+
+def test_what_a_version_takes_beside_the_image_is_on_its_card_as_an_experiment(tmp_path: Path) -> None:
+    gain = Metric(value=0.0321, low=-0.0123, high=0.0777)
+    about = MetadataFusion(
+        experimental=True,
+        fields=("age", "site"),
+        trained_on="7 drawn lesions",
+        held_out="8 drawn lesions",
+        roc_auc={"all fields": METRIC},
+        gain={"all fields": gain},
+    )
+    folder = publish(tmp_path, {metadata.FILE: b""}, metadata=about)
+    write_report(folder)
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert "## Beside the image: age, site (experimental)" in card
+    assert "7 drawn lesions" in card
+    assert "| all fields | 0.9123 | +0.0321 | -0.0123 to +0.0777 |" in card
 
 
 def test_a_verdict_follows_the_tests() -> None:

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from app.model.labels import OFF, Judgement, UnknownChoice, calibrate, check_choices, judge
-from app.model.manifest import Abstention
+from app.model.labels import OFF, Judgement, UnknownChoice, calibrate, check_choices, check_metadata, judge
+from app.model.manifest import Abstention, MetadataFusion
 from tests.conftest import make_manifest, make_rule
 
 
@@ -139,3 +139,24 @@ def test_known_choices_pass() -> None:
     for coverage in (OFF, "0.95", None):
         check_choices(manifest, operating_point="sensitivity-95", coverage=coverage, target="benign")
     check_choices(make_manifest(), target="predicted")
+
+
+def test_metadata_that_the_version_does_not_take_is_refused_by_name() -> None:
+    about = MetadataFusion(experimental=True, fields=("age", "site"), trained_on="", held_out="", roc_auc={}, gain={})
+    check_metadata(make_manifest(metadata=about), ("age", "site"))
+    with pytest.raises(UnknownChoice, match="no use for sex: this version takes age and site alone"):
+        check_metadata(make_manifest(metadata=about), ("age", "sex"))
+    with pytest.raises(UnknownChoice, match="no use for age and sex: this version answers from the image alone"):
+        check_metadata(make_manifest(), ("age", "sex"))
+
+
+def test_a_judgement_says_what_was_used_beside_the_image_and_refers_nothing_for_it() -> None:
+    logits = np.array([0, 2], dtype=np.float32)
+    manifest = make_manifest(abstention={"0.95": make_rule(0.5, 0.1)})
+    alone = judge(logits, manifest, "balanced", coverage="0.95")
+    told = judge(logits, manifest, "balanced", coverage="0.95", metadata=("age", "site"))
+    assert (alone.metadata, alone.reasons) == ((), ())
+    assert told.metadata == ("age", "site")
+    assert told.reasons[0].startswith("used beside the image: age and site (experimental; ")
+    assert told.refer == alone.refer
+    assert told.probabilities == alone.probabilities
