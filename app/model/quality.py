@@ -34,10 +34,10 @@ class Limit(NamedTuple):
 
 
 # Warnings: beyond 0.5% of the training images, but for focus, which costs nothing until later; severe: where held-out
-# accuracy clearly fell (training.quality, docs/decisions/015)
+# accuracy clearly fell (training.quality, docs/decisions/018)
 LIMITS = (
     Limit("sharpness", False, 2.0, 0.8, "blurred, or enlarged from few pixels: focus again"),
-    Limit("sharpness", True, 1820, 20_000, "grainy: noise hides the lesion's structure"),
+    Limit("sharpness", True, 1820, 6_000, "grainy: noise hides the lesion's structure"),
     Limit("brightness", False, 0.29, 0.15, "too dark: light it more"),
     Limit("brightness", True, 0.834, 0.95, "too bright: light it less"),
     Limit("white", True, 0.022, None, "overexposed: parts are pure white"),
@@ -45,7 +45,7 @@ LIMITS = (
     Limit("red", False, 0.327, None, "a cold cast: set the white balance"),
     Limit("blue", True, 0.36, 0.39, "a blue cast: set the white balance"),
     Limit("blue", False, 0.215, 0.19, "a yellow cast: set the white balance"),
-    Limit("dark", True, 0.43, 0.6, "nearly half of it is black: crop to the lesion"),
+    Limit("dark", True, 0.43, 0.48, "nearly half of it is black: crop to the lesion"),
 )
 
 

@@ -162,7 +162,7 @@ def test_without_the_extra_it_names_what_to_install(
 def test_a_file_that_does_not_do_what_the_server_does_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("app.model.onnx_graph.EPS", 0.1)
+    monkeypatch.setattr("app.model.onnx_graph.margins", lambda last: 2 * last)
     assert run("export", "-o", tmp_path / "x.onnx") == 2
     assert "ONNX Runtime strays from the server by" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

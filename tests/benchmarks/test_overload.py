@@ -171,7 +171,7 @@ def test_a_short_flood_of_a_real_server_ends_with_a_table_a_file_and_a_verdict(
     monkeypatch.setenv("DERMLENS_MODEL_STORE", str(careful_store))
     monkeypatch.setenv("DERMLENS_MAX_QUEUE", "2")
     out = tmp_path / "overload.json"
-    short = ["--rounds", "1", "--seconds", "1", "--warm", "0.5", "--times", "40"]
+    short = ["--rounds", "1", "--seconds", "1", "--warm", "3", "--times", "40"]
     command = [sys.executable, "benchmarks/overload.py", *short, "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     result = json.loads(out.read_text())
