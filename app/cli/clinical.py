@@ -27,24 +27,29 @@ def add(commands: Any) -> None:
 def _dicom(options: argparse.Namespace, settings: Settings) -> int:
     if not (options.sr or options.overlay):
         raise ValueError("nothing to write: give --sr OUT.dcm, --overlay OUT.dcm or both")
+    return write_dicom(options.file, settings, sr=options.sr, capture=options.overlay)
+
+
+def write_dicom(file: Path, settings: Settings, *, sr: Path | None = None, capture: Path | None = None) -> int:
+    """Classify one DICOM photograph; write a structured report of it, a Secondary Capture of its evidence, or both."""
     out = _dicom_out()
-    model, source = open_model(settings), options.file.read_bytes()
+    model, source = open_model(settings), file.read_bytes()
     picture = read(source, model, settings, preview_side=PREVIEW_SIDE)
     [output] = run([picture], model, tta="none")
     judgement = judged(picture, output, model, settings)
-    if options.sr:
-        options.sr.write_bytes(out.structured_report(source, judgement, model.manifest))
-    if options.overlay:
+    if sr:
+        sr.write_bytes(out.structured_report(source, judgement, model.manifest))
+    if capture:
         shown = aim(PREDICTED, "gradcam", judgement=judgement, manifest=model.manifest)
         overlay = render(
             output.cam[shown.index], picture.image.preview, style="overlay", alpha=0.6, description=shown.description
         )
-        capture = out.secondary_capture(source, overlay.png, model.manifest, description=shown.description)
-        options.overlay.write_bytes(capture)
+        made = out.secondary_capture(source, overlay.png, model.manifest, description=shown.description)
+        capture.write_bytes(made)
     chances = "  ".join(f"{name} {p:.3f}" for name, p in judgement.probabilities.items())
     reasons = [f"{'refer' if judgement.refer else 'note'}: {reason}" for reason in judgement.reasons]
-    print("  ".join([f"{options.file}: {judgement.label}", chances, *reasons, *picture.image.warnings]))
-    written = ", ".join(str(path) for path in (options.sr, options.overlay) if path)
+    print("  ".join([f"{file}: {judgement.label}", chances, *reasons, *picture.image.warnings]))
+    written = ", ".join(str(path) for path in (sr, capture) if path)
     sys.stderr.write(f"written, preliminary and unverified: {written}. {NOTICE}\n")
     return 0
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from app.batcher import NotFinite
+from app.cli.clinical import write_dicom
 from app.cli.results import Rule, Table, row_of
 from app.cli.see import Picture, judged, read, run
 from app.files import images_in
@@ -55,6 +56,9 @@ def add(commands: Any) -> None:
     predict.add_argument("--csv", type=Path, metavar="OUT.csv", help="write the results here; goes on where it stopped")
     predict.add_argument("--restart", action="store_true", help="start the CSV file over")
     predict.add_argument("--overlays", type=Path, metavar="FOLDER", help="write a picture of each image's evidence")
+    predict.add_argument(
+        "--sr", type=Path, metavar="OUT.dcm", help="of one DICOM photograph: write a structured report"
+    )
     predict.add_argument("--operating-point", metavar="NAME", help="in place of DERMLENS_OPERATING_POINT")
     predict.add_argument("--coverage", help="in place of DERMLENS_COVERAGE; off forms no set of plausible classes")
     predict.add_argument("--tta", choices=["none", "flips"], default="none", help="flips: mean of four mirror images")
@@ -66,6 +70,8 @@ def add(commands: Any) -> None:
 
 
 def _predict(options: argparse.Namespace, settings: Settings) -> int:
+    if options.sr:
+        return _report_in_dicom(options, settings)
     if options.restart and not options.csv:
         raise ValueError("--restart starts a CSV file over: name it with --csv")
     if options.api_key_file and not options.url:
@@ -96,6 +102,15 @@ def _predict(options: argparse.Namespace, settings: Settings) -> int:
             raise
         report.summarise(others)
         return 1 if report.failed else 0
+
+
+def _report_in_dicom(options: argparse.Namespace, settings: Settings) -> int:
+    """As `dermlens dicom`, at an operating point and coverage of its own."""
+    unfit = options.csv or options.overlays or options.url or options.json or options.tta != "none"
+    if len(options.paths) != 1 or unfit:
+        raise ValueError("--sr: give one DICOM file, without --csv, --overlays, --url, --json or --tta")
+    chosen = {name: getattr(options, name) for name in ("operating_point", "coverage") if getattr(options, name)}
+    return write_dicom(options.paths[0], settings.model_copy(update=chosen), sr=options.sr)
 
 
 class _Report:

@@ -146,6 +146,28 @@ def test_the_command_writes_both(
     assert "Grün" not in said.out + said.err
 
 
+def test_predict_writes_the_report_too(
+    careful_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DERMLENS_MODEL_STORE", str(careful_store))
+    photograph, sr = tmp_path / "in.dcm", tmp_path / "sr.dcm"
+    photograph.write_bytes(FILES["jpeg-2000"][0])
+    assert dermlens("predict", photograph, "--sr", sr, "--operating-point", "sensitivity-95") == 0
+    assert complaints(sr) == []
+    assert capsys.readouterr().out.startswith(f"{photograph}: ")
+    assert dermlens("predict", photograph, "--sr", sr, "--operating-point", "none") == 2
+    assert "no operating point 'none'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "unfit", [["--overlays", "x"], ["--csv", "x.csv"], ["--url", "http://x"], ["--json"], ["--tta", "flips"]]
+)
+def test_predict_writes_the_report_of_one_file_alone(unfit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert dermlens("predict", "x.dcm", "--sr", "sr.dcm", *unfit) == 2
+    assert dermlens("predict", "x.dcm", "y.dcm", "--sr", "sr.dcm") == 2
+    assert capsys.readouterr().err.count("--sr: give one DICOM file") == 2
+
+
 def test_without_the_extra_the_command_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
