@@ -73,7 +73,7 @@ def percentiles(images: Pixels) -> Iterator[dict[str, str]]:
 
 
 def row(group: str, labels: NDArray[np.int64], positive: NDArray[np.float64], threshold: float) -> dict[str, str]:
-    """Accuracy, its standard error, and ROC-AUC of a group of images."""
+    """Accuracy, its standard error, sensitivity, specificity and ROC-AUC of a group of images."""
     right = (positive >= threshold) == labels
     both = len(np.unique(labels)) == 2
     return {
@@ -81,6 +81,8 @@ def row(group: str, labels: NDArray[np.int64], positive: NDArray[np.float64], th
         "images": str(len(labels)),
         "accuracy": f"{right.mean():.4f}" if len(right) else "",
         "error": f"{right.std() / max(len(right), 1) ** 0.5:.4f}" if len(right) else "",
+        "sensitivity": f"{right[labels == 1].mean():.4f}" if labels.any() else "",
+        "specificity": f"{right[labels == 0].mean():.4f}" if not labels.all() else "",
         "roc_auc": f"{roc_auc_score(labels, positive):.4f}" if both else "",
     }
 
@@ -91,7 +93,7 @@ def study(source: Path, *, images: int) -> tuple[list[dict[str, str]], list[dict
     Raises:
         StoreError, or ValueError where the data is absent or other data, or the version has other than two classes.
     """
-    version, _, dataset = load_trained(source)
+    version, config, dataset = load_trained(source)
     manifest = version.manifest
     if "balanced" not in manifest.operating_points:
         raise ValueError(f"{source} has other than two classes: there is no single accuracy")
@@ -134,6 +136,13 @@ def study(source: Path, *, images: int) -> tuple[list[dict[str, str]], list[dict
             side = "above" if limit.above else "below"
             name = f"{limit.measure} {side} {sign * low:.3g}, to {sign * high:.3g}"
             rows.append(row(name, every[band], everything[band], threshold))
+    pixels, theirs = (part[split.held_out_extra].numpy() for part in (dataset.images, dataset.labels))
+    if len(pixels):  # of other clinics, as they are
+        positive, found = judged(pixels), [assess(measure(image)).warnings for image in pixels]
+        words = ("no warning", *dict.fromkeys(warning for warnings in found for warning in warnings))
+        for word in words:
+            members = np.array([word in warnings or (word == words[0] and not warnings) for warnings in found])
+            rows.append(row(f"{config.data.extra}: {word}", theirs[members], positive[members], threshold))
     return table, rows
 
 

@@ -45,7 +45,7 @@ LIMITS = (
     Limit("red", False, 0.327, None, "a cold cast: set the white balance"),
     Limit("blue", True, 0.36, 0.39, "a blue cast: set the white balance"),
     Limit("blue", False, 0.215, 0.19, "a yellow cast: set the white balance"),
-    Limit("dark", True, 0.43, 0.48, "nearly half of it is black: crop to the lesion"),
+    Limit("dark", True, 0.43, 0.45, "nearly half of it is black: crop to the lesion"),
 )
 
 
