@@ -7,7 +7,7 @@ python -m training.export --run runs/full-all --folds runs/full-fold{0,1,2} --ev
 import argparse
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -125,6 +125,28 @@ def export(
     folder = store.publish(root, manifest, files)
     write_report(folder)
     print_metrics(f"{name} {version}: {where}", manifest.metrics)
+    return folder
+
+
+def publish_again(
+    manifest: Manifest, files: Mapping[str, bytes], *, into: Path, version: str | None = None, **changes: object
+) -> Path:
+    """Publish what a version was changed into, and render its report again where it carries predictions.
+
+    Args:
+        version: its number; by default the next one of the store `into`.
+        changes: of the manifest's fields.
+
+    Raises:
+        StoreError.
+    """
+    if version is None:
+        numbers = [int(number) for number in store.versions(into, manifest.name) if number.isdecimal()]
+        version = str(max(numbers, default=0) + 1)
+    update = {"version": version, "created": datetime.now(UTC).replace(microsecond=0)} | changes
+    folder = store.publish(into, manifest.model_copy(update=update), files)
+    if PREDICTIONS in files:
+        write_report(folder)
     return folder
 
 

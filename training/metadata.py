@@ -11,7 +11,6 @@ import argparse
 import csv
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,8 +31,8 @@ from app.model.store import LoadedVersion
 from training.data import assign_folds, near_duplicates
 from training.drawn import draw_cases
 from training.evaluate import Floats, Labels, served_logits, with_intervals
+from training.export import publish_again
 from training.published import load_version
-from training.report import PREDICTIONS, write_report
 from training.tables import write_csv
 
 UNITS = 8  # of the hidden layer
@@ -163,16 +162,7 @@ def publish(version: LoadedVersion, source: Path, fusion: Fusion, about: Metadat
     manifest = version.manifest
     files = {file: (source / file).read_bytes() for file in manifest.files}
     files[FILE] = safetensors.numpy.save(fusion.arrays())
-    numbers = [int(number) for number in store.versions(into, manifest.name) if number.isdecimal()]
-    update = {
-        "version": str(max(numbers, default=0) + 1),
-        "created": datetime.now(UTC).replace(microsecond=0),
-        "metadata": about,
-    }
-    folder = store.publish(into, manifest.model_copy(update=update), files)
-    if PREDICTIONS in files:
-        write_report(folder)
-    return folder
+    return publish_again(manifest, files, into=into, metadata=about)
 
 
 def run(source: Path, cases: Cases, out: Path, *, into: Path | None = None) -> tuple[MetadataFusion, Path | None]:

@@ -10,9 +10,8 @@ against; the method was chosen on foreign images (`training/foreign.py`) that ar
 import argparse
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import openvino as ov
@@ -29,9 +28,9 @@ from app.model.out_of_distribution import FILE, Familiar
 from app.model.quality import assess, measure
 from app.model.store import LoadedVersion
 from training.data import Dataset
+from training.export import publish_again
 from training.foreign import Foreign, foreign_images
 from training.published import load_trained
-from training.report import PREDICTIONS, write_report
 from training.tables import write_csv
 
 AXES = 64  # directions with a variance of their own; docs/decisions/015
@@ -215,18 +214,13 @@ def publish(version: LoadedVersion, source: Path, familiar: Familiar, limits: Ou
     """
     root, manifest = source.parent.parent, version.manifest
     files = {file: (source / file).read_bytes() for file in manifest.files}
-    update: dict[str, object] = {"out_of_distribution": limits}
+    changes: dict[str, Any] = {"out_of_distribution": limits}
     if version.int8 and len(ov.Core().read_model(*version.int8).outputs) < 3:
         files = {file: data for file, data in files.items() if file not in store.INT8}
-        update["quantization"] = None
-    numbers = [int(number) for number in store.versions(root, manifest.name) if number.isdecimal()]
-    update |= {"version": str(max(numbers) + 1), "created": datetime.now(UTC).replace(microsecond=0)}
+        changes["quantization"] = None
     files[FILE] = safetensors.numpy.save(familiar.arrays())
     files |= {f"report/{name}": (out / name).read_bytes() for name in (SCORES, SUMMARY, METHODS)}
-    folder = store.publish(root, manifest.model_copy(update=update), files)
-    if PREDICTIONS in files:
-        write_report(folder)
-    return folder
+    return publish_again(manifest, files, into=root, **changes)
 
 
 def run(source: Path, out: Path, *, publishing: bool = False) -> Path | None:

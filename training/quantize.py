@@ -12,7 +12,6 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +27,8 @@ from app.model.openvino_graph import build_graph
 from app.model.store import LoadedVersion
 from training.data import Dataset
 from training.evaluate import all_metrics
+from training.export import publish_again
 from training.published import load_trained
-from training.report import PREDICTIONS, write_report
 
 CALIBRATION_IMAGES = 300
 SENSITIVITY_IMAGES = 48
@@ -149,10 +148,8 @@ def publish_quantised(source: Path, root: Path, *, version: str) -> Comparison:
     float32 = run(build_graph(manifest, loaded.weights), images)
     found = compare(manifest, float32, run(stored, images), dataset.labels[held_out].numpy())
     rest = {file: (source / file).read_bytes() for file in manifest.files if file not in store.INT8}
-    update = {"version": version, "created": datetime.now(UTC).replace(microsecond=0), "quantization": found}
-    folder = store.publish(root, manifest.model_copy(update=update), rest | (files if found.shipped else {}))
-    if PREDICTIONS in rest:
-        write_report(folder)
+    files = rest | (files if found.shipped else {})
+    publish_again(manifest, files, into=root, version=version, quantization=found)
     return found
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from app.cli.see import judged, read, run
+from app.cli.see import evidence, judged, read, run
 from app.main import open_model
-from app.model.labels import NOTICE, PREDICTED
-from app.model.overlay import aim, render
+from app.model.labels import NOTICE
 from app.model.preprocess import PREVIEW_SIDE
 from app.settings import Settings
 
@@ -40,12 +39,8 @@ def write_dicom(file: Path, settings: Settings, *, sr: Path | None = None, captu
     if sr:
         sr.write_bytes(out.structured_report(source, judgement, model.manifest))
     if capture:
-        shown = aim(PREDICTED, "gradcam", judgement=judgement, manifest=model.manifest)
-        overlay = render(
-            output.cam[shown.index], picture.image.preview, style="overlay", alpha=0.6, description=shown.description
-        )
-        made = out.secondary_capture(source, overlay.png, model.manifest, description=shown.description)
-        capture.write_bytes(made)
+        png, description = evidence(picture, output, judgement, model)
+        capture.write_bytes(out.secondary_capture(source, png, model.manifest, description=description))
     chances = "  ".join(f"{name} {p:.3f}" for name, p in judgement.probabilities.items())
     reasons = [f"{'refer' if judgement.refer else 'note'}: {reason}" for reason in judgement.reasons]
     print("  ".join([f"{file}: {judgement.label}", chances, *reasons, *picture.image.warnings]))

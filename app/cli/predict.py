@@ -19,12 +19,11 @@ import numpy as np
 from app.batcher import NotFinite
 from app.cli.clinical import write_dicom
 from app.cli.results import Rule, Table, row_of
-from app.cli.see import Picture, judged, read, run
+from app.cli.see import Picture, evidence, judged, read, run
 from app.files import images_in
 from app.main import OpenModel, batch_size, open_model
 from app.model.flips import Tta
-from app.model.labels import NOTICE, OFF, PREDICTED, check_choices
-from app.model.overlay import aim, render
+from app.model.labels import NOTICE, OFF, check_choices
 from app.model.preprocess import PREVIEW_SIDE, ImageError
 from app.schemas import Explanation, Prediction, prediction_fields
 from app.settings import Settings
@@ -263,11 +262,7 @@ def _run_batch(
             continue
         judgement = judged(picture, output, model, settings)
         prediction = Prediction(**prediction_fields(judgement, picture.image, manifest=model.manifest, request_id=""))
-        png = b""
-        if draw:
-            shown = aim(PREDICTED, "gradcam", judgement=judgement, manifest=model.manifest)
-            raw, preview = output.cam[shown.index], picture.image.preview
-            png = render(raw, preview, style="overlay", alpha=0.6, description=shown.description).png
+        png = evidence(picture, output, judgement, model)[0] if draw else b""
         yield Scored(path, prediction, png)
 
 

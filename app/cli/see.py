@@ -10,8 +10,9 @@ from app.clinical.dicom import decode
 from app.engines.base import Output
 from app.main import OpenModel
 from app.model.flips import Tta, flips, mean_cam, mean_logits
-from app.model.labels import Judgement, judge
+from app.model.labels import PREDICTED, Judgement, judge
 from app.model.out_of_distribution import score_of
+from app.model.overlay import aim, render
 from app.model.preprocess import DecodedImage
 from app.model.quality import assess, measure
 from app.settings import Settings
@@ -50,6 +51,14 @@ def run(pictures: Sequence[Picture], model: OpenModel, *, tta: Tta) -> list[Outp
         Output(mean_logits(list(four.logits)), mean_cam(list(four.cam)), features)
         for four, features in zip(fours, own, strict=True)
     ]
+
+
+def evidence(picture: Picture, output: Output, judgement: Judgement, model: OpenModel) -> tuple[bytes, str]:
+    """What speaks for the predicted class over the image, as a PNG, and a line that says so."""
+    shown = aim(PREDICTED, "gradcam", judgement=judgement, manifest=model.manifest)
+    raw, preview = output.cam[shown.index], picture.image.preview
+    overlay = render(raw, preview, style="overlay", alpha=0.6, description=shown.description)
+    return overlay.png, shown.description
 
 
 def judged(picture: Picture, output: Output, model: OpenModel, settings: Settings) -> Judgement:
