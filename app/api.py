@@ -18,6 +18,7 @@ from app import logs
 from app.clinical import fhir
 from app.errors import KINDS, report
 from app.model.flips import Tta
+from app.model.frame import WHOLE
 from app.model.labels import OFF, PREDICTED, check_choices, check_metadata
 from app.model.manifest import Identifier
 from app.model.metadata import OLDEST, SEXES, SITES, Metadata, Sex, Site
@@ -255,7 +256,14 @@ def build_router(service: Service, keys: KeyRing | None = None) -> APIRouter:  #
                 raw = await service.timed("attribute", while_connected(request, attribution))
 
             def draw() -> Overlay:
-                return render(raw, answer.image.preview, style=style, alpha=alpha, description=shown.description)
+                return render(
+                    raw,
+                    answer.image.preview,
+                    lit=answer.image.lit,
+                    style=style,
+                    alpha=alpha,
+                    description=shown.description,
+                )
 
             overlay = await service.in_worker("render", draw)
 
@@ -273,6 +281,7 @@ def build_router(service: Service, keys: KeyRing | None = None) -> APIRouter:  #
             target=shown.label,
             method=method,
             map=raw.tolist(),
+            seen=answer.image.lit or WHOLE,
             peak=overlay.peak,
             empty=overlay.empty,
             overlay_png=base64.b64encode(overlay.png).decode(),

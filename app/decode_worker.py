@@ -66,15 +66,22 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def answer(data: bytes, *, size: int, max_pixels: int, preview_side: int) -> list[bytes]:
+def answer(data: bytes, *, size: int, max_pixels: int, crop_frame: bool, preview_side: int) -> list[bytes]:
     """The reply to one image: length, header, and pixels (uint8[3,size,size], then the preview's) if it is one."""
     try:
-        image = dicom.decode(data, size=size, max_pixels=max_pixels, preview_side=preview_side, unbounded=True)
+        image = dicom.decode(
+            data,
+            size=size,
+            max_pixels=max_pixels,
+            crop_frame=crop_frame,
+            preview_side=preview_side,
+            unbounded=True,
+        )
     except ImageError as error:
         header: dict[str, Any] = {"error": type(error).__name__, "message": str(error)}
         parts = []
     else:
-        header = {name: getattr(image, name) for name in ("width", "height", "format", "warnings")}
+        header = {name: getattr(image, name) for name in ("width", "height", "format", "warnings", "lit")}
         header["preview"] = image.preview.size
         parts = [image.pixels.tobytes(), image.preview.tobytes()]
     encoded = json.dumps(header).encode()

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from app.model.frame import Box
 from app.model.preprocess import DecodedImage, FormatNotServed, ImageError, ImageTooLarge, ImageTooSmall, NotAnImage
 
 ERRORS = {kind.__name__: kind for kind in (NotAnImage, ImageTooLarge, ImageTooSmall, FormatNotServed)}
@@ -24,6 +25,7 @@ START_S = 60  # of a worker, on a host that is busy
 Worker = subprocess.Popen[bytes]
 Line = Annotated[str, Field(max_length=300, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Side = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Seen(BaseModel):
@@ -35,6 +37,7 @@ class _Seen(BaseModel):
     format: Literal["JPEG", "PNG", "WEBP", "DICOM"]
     warnings: list[Line] = Field(max_length=8)
     preview: tuple[Side, Side]
+    lit: tuple[Share, Share, Share, Share] | None
 
 
 class _Refused(BaseModel):
@@ -74,7 +77,7 @@ class DecodeProcesses:
             self.close()
             raise
 
-    def decode(self, data: bytes, *, size: int, max_pixels: int, preview_side: int) -> DecodedImage:
+    def decode(self, data: bytes, *, size: int, max_pixels: int, crop_frame: bool, preview_side: int) -> DecodedImage:
         """As `preprocess.decode`; NotAnImage also where the worker dies or is killed.
 
         Raises:
@@ -91,6 +94,7 @@ class DecodeProcesses:
                 data,
                 size=size,
                 max_pixels=max_pixels,
+                crop_frame=crop_frame,
                 preview_side=preview_side,
                 deadline=time.monotonic() + self._timeout_s,
             )
@@ -138,7 +142,14 @@ def _await_ready(worker: Worker) -> None:
 
 
 def _ask(
-    worker: Worker, data: bytes, *, size: int, max_pixels: int, preview_side: int, deadline: float
+    worker: Worker,
+    data: bytes,
+    *,
+    size: int,
+    max_pixels: int,
+    crop_frame: bool,
+    preview_side: int,
+    deadline: float,
 ) -> DecodedImage | ImageError:
     """Send an image and check every value of the reply before its bytes are read.
 
@@ -146,7 +157,13 @@ def _ask(
         EOFError, BrokenPipeError, TimeoutError: the worker died, or takes too long.
         ValueError: it says what it cannot have seen.
     """
-    asked = {"bytes": len(data), "size": size, "max_pixels": max_pixels, "preview_side": preview_side}
+    asked = {
+        "bytes": len(data),
+        "size": size,
+        "max_pixels": max_pixels,
+        "crop_frame": crop_frame,
+        "preview_side": preview_side,
+    }
     header = json.dumps(asked).encode()
     _write(worker, struct.pack(">I", len(header)) + header, deadline)
     _write(worker, data, deadline)
@@ -158,6 +175,8 @@ def _ask(
         return ERRORS[reply.error](reply.message)
     wide, high = reply.preview
     fits = max(wide, high) <= preview_side if preview_side else wide == high == size
+    lit = Box(*reply.lit) if reply.lit else None
+    fits = fits and (lit is None or (lit.left < lit.right and lit.top < lit.bottom))
     if not fits or reply.width * reply.height > max_pixels:
         raise ValueError("a reply's sizes are not those asked for")
     pixels = np.frombuffer(_read(worker, 3 * size * size, deadline), dtype=np.uint8).reshape(3, size, size)
@@ -168,6 +187,7 @@ def _ask(
         height=reply.height,
         format=reply.format,
         warnings=tuple(reply.warnings),
+        lit=lit,
     )
 
 

@@ -94,7 +94,13 @@ class Explanation(Prediction):
 
     target: str = Field(description="The class that the map argues for.")
     method: Method
-    map: list[list[float]] = Field(description="Raw map of the method in logits, before ReLU; rows from the top.")
+    map: list[list[float]] = Field(
+        description="Raw map of the method in logits, before ReLU, over `seen`; rows from the top."
+    )
+    seen: tuple[float, float, float, float] = Field(
+        description="The part of the image that was judged, in fractions of its width and height: left, top, right and "
+        "bottom. All of it but for a dark frame."
+    )
     peak: float = Field(description="Largest raw value of the map; at most 0 means no evidence for the target.")
     empty: bool
     overlay_png: str = Field(description="Base64 of the picture that `Accept: image/png` gets.")

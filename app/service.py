@@ -35,7 +35,9 @@ T = TypeVar("T")
 class Decode(Protocol):
     """`app.model.preprocess.decode`, or the same in a process of its own; for a worker thread."""
 
-    def __call__(self, data: bytes, *, size: int, max_pixels: int, preview_side: int) -> DecodedImage: ...
+    def __call__(
+        self, data: bytes, *, size: int, max_pixels: int, crop_frame: bool, preview_side: int
+    ) -> DecodedImage: ...
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,16 @@ class Service:
         """
         started = time.monotonic()
         manifest = rule.running.manifest
-        size = manifest.preprocessing.size
+        preprocessing = manifest.preprocessing
 
         def look() -> tuple[DecodedImage, Quality]:
-            image = self.decode(data, size=size, max_pixels=self.max_pixels, preview_side=preview_side)
+            image = self.decode(
+                data,
+                size=preprocessing.size,
+                max_pixels=self.max_pixels,
+                crop_frame=preprocessing.crop_frame,
+                preview_side=preview_side,
+            )
             measures = measure(image.pixels)
             self.metrics.saw(image, measures)
             quality = assess(measures)
@@ -163,7 +171,7 @@ class Service:
         for concern in judgement.refer_because:
             self.metrics.concerns.labels(reason=concern, version=manifest.version).inc()
         await self._record(request, data, judgement, manifest)
-        self.compare(image.pixels, judgement, rule.running)
+        self.compare(image, judgement, rule.running)
         return Answer(image, result, judgement)
 
     async def _run(self, image: DecodedImage, rule: Rule, *, timeout_s: float) -> Result:

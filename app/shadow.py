@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from app.batcher import DeadlineExceeded, MicroBatcher
 from app.engines.base import Engine
 from app.metrics import Metrics
+from app.model.frame import lit_part
 from app.model.labels import OFF, Judgement, judge
 from app.model.manifest import Manifest
+from app.model.preprocess import DecodedImage
 from app.served import Running
 
-Compare = Callable[[NDArray[np.uint8], Judgement, Running], None]
+Compare = Callable[[DecodedImage, Judgement, Running], None]
 
 
 class Shadow:
@@ -50,29 +52,30 @@ class Shadow:
         self._batcher.fail("the server is stopping")
         await self._batcher.stop()
 
-    def compare(self, pixels: NDArray[np.uint8], answered: Judgement, running: Running) -> None:
+    def compare(self, image: DecodedImage, answered: Judgement, running: Running) -> None:
         """Score an image later, unless there is other work: whoever waits for the served version has the device first.
 
         Args:
-            pixels: uint8[3,S,S].
             answered: what `running` made of it.
         """
         if random.random() >= self._share:  # noqa: S311 - a sample, no secret
             return
-        if not self._can_be_compared(pixels, answered):
+        if not self._can_be_compared(image, answered, running.manifest):
             self._drop("incomparable")
             return
         if running.batcher.depth or len(self._scoring) >= self._most:
             self._drop("busy")
             return
-        task = asyncio.create_task(self._score(pixels, answered, running.manifest.version))
+        task = asyncio.create_task(self._score(image.pixels, answered, running.manifest.version))
         self._scoring.add(task)
         task.add_done_callback(self._scoring.discard)
 
-    def _can_be_compared(self, pixels: NDArray[np.uint8], answered: Judgement) -> bool:
+    def _can_be_compared(self, image: DecodedImage, answered: Judgement, served: Manifest) -> bool:
         manifest = self._manifest
         same_rule = answered.threshold is None or answered.operating_point in manifest.operating_points
-        same_input = pixels.shape[-1] == manifest.preprocessing.size
+        ours, theirs = manifest.preprocessing, served.preprocessing
+        unframed = image.lit is None and lit_part(image.pixels) is None
+        same_input = ours.size == theirs.size and (ours.crop_frame == theirs.crop_frame or unframed)
         return same_rule and same_input and not answered.metadata and tuple(answered.probabilities) == manifest.classes
 
     async def _score(self, pixels: NDArray[np.uint8], answered: Judgement, served: str) -> None:

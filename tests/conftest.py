@@ -17,7 +17,7 @@ import torch
 import uvicorn
 from fastapi.testclient import TestClient
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from app.engines.base import Output
 from app.main import create_app
@@ -70,6 +70,16 @@ def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def framed(picture: Image.Image) -> Image.Image:
+    """The picture as a dermoscope with a round field shows it: a disc that touches its shorter sides, on black."""
+    width, height = picture.size
+    radius = min(width, height) / 2
+    disc = Image.new("L", picture.size)
+    box = (width / 2 - radius, height / 2 - radius, width / 2 + radius, height / 2 + radius)
+    ImageDraw.Draw(disc).ellipse(box, fill=255)
+    return Image.composite(picture, Image.new("RGB", picture.size, (6, 4, 8)), disc)
 
 
 @pytest.fixture(scope="session")

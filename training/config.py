@@ -25,6 +25,7 @@ class Data(Section):
     extra: str | None = None  # a second folder of the same classes that joins training, twins of `root` left out
     extra_share: float = Field(1, gt=0, le=1)  # of the second folder's training images, drawn anew for each epoch
     without: list[str] = []  # folders that the start has seen: what has a twin in one of them is left out
+    crop_frame: bool = False  # crop dark frames away, in training and in serving
     folds: int = Field(5, ge=2)
     held_out_fold: int = Field(0, ge=-1)  # -1 holds nothing out: the last run, after the folds have told how good it is
 
@@ -53,6 +54,7 @@ class Optimisation(Section):
     weight_decay: float = Field(ge=0)
     warmup_steps: int = Field(ge=0)  # at the start of every phase
     label_smoothing: Fraction
+    anchor: Fraction = 0.0  # of the start's answer in the targets of `data.root`'s images (arXiv 1606.09282)
     ema_decay: Fraction
     batch_norm: Literal["frozen", "train"]
     patience: int = Field(ge=1)  # epochs without a better held-out log-loss before stopping

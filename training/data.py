@@ -66,11 +66,12 @@ def load_dataset(spec: Data, *, seed: int, progress: bool = True) -> Dataset:
         files += [("extra", *file) for file in _files(spec.extra, spec.classes)]
     for folder in spec.without:
         files += [("without", *file) for file in _seen(folder)]
-    names, decoded, digests = [], [], []
+    names, decoded, lit, digests = [], [], [], []
     for source, name, _, content in tqdm(files, desc="decode", unit="img", disable=None if progress else True):
         data = content.read_bytes() if isinstance(content, Path) else content
         try:
             decoded.append(torch.from_numpy(decode(data).pixels))
+            lit.append(torch.from_numpy(decode(data, crop_frame=True).pixels) if spec.crop_frame else decoded[-1])
         except ImageError as error:
             raise ValueError(f"{name}: {error}") from None
         names.append(f"{spec.extra}/{name}" if source == "extra" else name)
@@ -93,7 +94,7 @@ def load_dataset(spec: Data, *, seed: int, progress: bool = True) -> Dataset:
     lines = [f"{names[i]} {digests[i]} {folds[i]}" for i in np.flatnonzero(kept)]
     root_lines = [line for line, part in zip(lines, source[kept], strict=True) if part == "root"]
     return Dataset(
-        images=images[kept],
+        images=torch.stack(lit)[kept],
         labels=torch.from_numpy(labels[kept]),
         names=[names[i] for i in np.flatnonzero(kept)],
         folds=folds[kept],

@@ -180,7 +180,12 @@ def evaluate_elsewhere(folder: Path, data: str) -> Figures:
     if "balanced" not in manifest.operating_points:
         raise ValueError(f"{folder} has other than two classes: only its held-out figures can be printed")
     seen = [name for name in (past.data.root, past.data.extra, *past.data.without) if name]
-    spec = Data(root=data, classes=list(manifest.classes), without=[name for name in seen if name != "drawn"])
+    spec = Data(
+        root=data,
+        classes=list(manifest.classes),
+        crop_frame=manifest.preprocessing.crop_frame,
+        without=[name for name in seen if name != "drawn"],
+    )
     dataset = load_dataset(spec, seed=past.seed)
     labels = dataset.labels.numpy()
     probabilities = calibrate(served_logits(folder, dataset.images), manifest.temperature)[:, 1]

@@ -86,7 +86,9 @@ def export(
             stride_variant=config.model.stride_variant,
             gate=None if config.model.gate == "none" else config.model.gate,
         ),
-        preprocessing=Preprocessing(size=SIZE, resize="squash-bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        preprocessing=Preprocessing(
+            size=SIZE, resize="squash-bilinear", crop_frame=config.data.crop_frame, mean=IMAGENET_MEAN, std=IMAGENET_STD
+        ),
         temperature=fitted.temperature,
         operating_points={k: OperatingPoint(threshold=t, fitted_on=where) for k, t in fitted.thresholds.items()},
         abstention={

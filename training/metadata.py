@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from app.model import store
-from app.model.manifest import MetadataFusion, Metric
+from app.model.manifest import MetadataFusion, Metric, Preprocessing
 from app.model.metadata import FIELDS, FILE, PLACES, WIDTH, Field, Fusion, Metadata
 from app.model.preprocess import ImageError, decode
 from app.model.store import LoadedVersion
@@ -69,7 +69,7 @@ def drawn_cases(count: int, *, size: int, seed: int = 0, effect: float = 1) -> C
     )
 
 
-def read_table(path: Path, *, classes: Sequence[str], size: int) -> Cases:
+def read_table(path: Path, *, classes: Sequence[str], prepared: Preprocessing) -> Cases:
     """The images that a table names, decoded as serving decodes them; near-duplicates are one group.
 
     Raises:
@@ -87,7 +87,9 @@ def read_table(path: Path, *, classes: Sequence[str], size: int) -> Cases:
                 labels.append(classes.index(row["label"]))
                 age = float(row["age"]) if row["age"] else None
                 known.append(Metadata(age, row["sex"] or None, row["site"] or None))  # type: ignore[arg-type] # it checks
-                images.append(torch.from_numpy(decode((path.parent / row["image"]).read_bytes(), size=size).pixels))
+                found = (path.parent / row["image"]).read_bytes()
+                pixels = decode(found, size=prepared.size, crop_frame=prepared.crop_frame).pixels
+                images.append(torch.from_numpy(pixels))
             except (ValueError, ImageError, OSError) as error:
                 raise ValueError(f"{path}, line {line}: {error}") from None
     if not images:
@@ -216,11 +218,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         manifest = load_version(options.version).manifest
-        size = manifest.preprocessing.size
         if options.table:
-            cases = read_table(options.table, classes=manifest.classes, size=size)
+            cases = read_table(options.table, classes=manifest.classes, prepared=manifest.preprocessing)
         else:
-            cases = drawn_cases(options.drawn, size=size, effect=options.effect)
+            cases = drawn_cases(options.drawn, size=manifest.preprocessing.size, effect=options.effect)
         about, folder = run(options.version, cases, options.out, into=options.publish)
     except (OSError, ValueError, store.StoreError) as error:
         sys.exit(f"training.metadata: {error}")

@@ -25,6 +25,7 @@ from app.model.labels import calibrate
 from app.model.openvino_graph import build_graph
 from app.model.quality import LIMITS, assess, measure
 from training.corruptions import STRENGTHS, corrupt
+from training.data import load_dataset
 from training.published import load_trained
 from training.tables import write_csv
 
@@ -143,6 +144,20 @@ def study(source: Path, *, images: int) -> tuple[list[dict[str, str]], list[dict
         for word in words:
             members = np.array([word in warnings or (word == words[0] and not warnings) for warnings in found])
             rows.append(row(f"{config.data.extra}: {word}", theirs[members], positive[members], threshold))
+    kept, cropped = (
+        load_dataset(config.data.model_copy(update={"crop_frame": crops}), seed=config.seed) for crops in (False, True)
+    )
+    for folder, members in ((config.data.root, split.held_out), (config.data.extra, split.held_out_extra)):
+        whole, lit = (part.images[members].numpy() for part in (kept, cropped))
+        framed = (whole != lit).any(axis=(1, 2, 3))
+        for name, pixels, group in (
+            ("frame kept", whole, framed),
+            ("frame cropped", lit, framed),
+            ("no frame", whole, ~framed),
+        ):
+            if group.any():
+                theirs = dataset.labels[members].numpy()[group]
+                rows.append(row(f"{folder}: {name}", theirs, judged(pixels[group]), threshold))
     return table, rows
 
 

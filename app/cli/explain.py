@@ -46,8 +46,14 @@ def _explain(options: argparse.Namespace, settings: Settings) -> int:
     raw = output.cam[shown.index]
     if options.method != "gradcam":
         raw = model.engine.attribute(picture.image.pixels, options.method, target=shown.index)
-    preview = picture.image.preview
-    overlay = render(raw, preview, style=options.style, alpha=options.alpha, description=shown.description)
+    overlay = render(
+        raw,
+        picture.image.preview,
+        lit=picture.image.lit,
+        style=options.style,
+        alpha=options.alpha,
+        description=shown.description,
+    )
     options.output.write_bytes(overlay.png)
     evidence = "no evidence for it" if overlay.empty else f"peak {overlay.peak:.3g}"
     tell(

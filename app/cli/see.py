@@ -29,6 +29,7 @@ def read(data: bytes, model: OpenModel, settings: Settings, *, preview_side: int
         data,
         size=model.manifest.preprocessing.size,
         max_pixels=settings.max_pixels,
+        crop_frame=model.manifest.preprocessing.crop_frame,
         preview_side=preview_side,
         unbounded=True,
     )
@@ -56,8 +57,14 @@ def run(pictures: Sequence[Picture], model: OpenModel, *, tta: Tta) -> list[Outp
 def evidence(picture: Picture, output: Output, judgement: Judgement, model: OpenModel) -> tuple[bytes, str]:
     """What speaks for the predicted class over the image, as a PNG, and a line that says so."""
     shown = aim(PREDICTED, "gradcam", judgement=judgement, manifest=model.manifest)
-    raw, preview = output.cam[shown.index], picture.image.preview
-    overlay = render(raw, preview, style="overlay", alpha=0.6, description=shown.description)
+    overlay = render(
+        output.cam[shown.index],
+        picture.image.preview,
+        lit=picture.image.lit,
+        style="overlay",
+        alpha=0.6,
+        description=shown.description,
+    )
     return overlay.png, shown.description
 
 

@@ -73,6 +73,7 @@ def decode(
     *,
     size: int = 224,
     max_pixels: int = MAX_PIXELS,
+    crop_frame: bool = False,
     preview_side: int = 0,
     jpeg: JpegDecoder | None = None,
     unbounded: bool = False,
@@ -88,9 +89,18 @@ def decode(
         NotAnImage, ImageTooLarge, ImageTooSmall, FormatNotServed.
     """
     if not is_dicom(data):
-        return preprocess.decode(data, size=size, max_pixels=max_pixels, preview_side=preview_side, jpeg=jpeg)
+        return preprocess.decode(
+            data, size=size, max_pixels=max_pixels, crop_frame=crop_frame, preview_side=preview_side, jpeg=jpeg
+        )
     try:
-        return _decode(data, size=size, max_pixels=max_pixels, preview_side=preview_side, unbounded=unbounded)
+        return _decode(
+            data,
+            size=size,
+            max_pixels=max_pixels,
+            crop_frame=crop_frame,
+            preview_side=preview_side,
+            unbounded=unbounded,
+        )
     except ImageError:
         raise
     except MemoryError as error:
@@ -107,7 +117,9 @@ def warm_up() -> None:
         return
 
 
-def _decode(data: bytes, *, size: int, max_pixels: int, preview_side: int, unbounded: bool) -> DecodedImage:
+def _decode(
+    data: bytes, *, size: int, max_pixels: int, crop_frame: bool, preview_side: int, unbounded: bool
+) -> DecodedImage:
     syntax, body = _meta(data)
     if syntax not in (_IMPLICIT, _EXPLICIT, _DEFLATED, *_JPEG, *_CODECS):
         raise FormatNotServed(
@@ -123,7 +135,9 @@ def _decode(data: bytes, *, size: int, max_pixels: int, preview_side: int, unbou
         body += inflater.decompress(inflater.unconsumed_tail, 3 * header.width * header.height)
     if syntax in _JPEG:
         file = _jpeg(_frame(body, pixels), header)
-        image = preprocess.decode(file, size=size, max_pixels=max_pixels, preview_side=preview_side)
+        image = preprocess.decode(
+            file, size=size, max_pixels=max_pixels, crop_frame=crop_frame, preview_side=preview_side
+        )
     else:
         if codec := _CODECS.get(syntax):
             if codec in (_jpeg_2000, _jpeg_ls) and not unbounded:
@@ -141,6 +155,7 @@ def _decode(data: bytes, *, size: int, max_pixels: int, preview_side: int, unbou
             width=header.width,
             height=header.height,
             size=size,
+            crop_frame=crop_frame,
             preview_side=preview_side,
         )
     return replace(image, format="DICOM", warnings=(*header.warnings, *image.warnings))

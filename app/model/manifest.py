@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from app.model.metadata import Field as MetadataField
 
-SCHEMA_VERSION: Final = 2  # 1: without abilities; docs/upgrading.md lists what each brought
+SCHEMA_VERSION: Final = 3  # docs/upgrading.md lists what each brought
 
 Gate = Literal["channel_softmax", "branch_softmax"]
 StrideVariant = Literal["v1", "v1.5"]
@@ -36,6 +36,7 @@ class Architecture(Part):
 class Preprocessing(Part):
     size: int = Field(ge=32)  # pixels
     resize: Literal["squash-bilinear"]  # aspect ratio not kept, antialiased
+    crop_frame: bool = False  # a dermoscope's dark one (`frame.lit_part`), before resizing
     mean: Triple
     std: Triple
 
@@ -126,7 +127,7 @@ class FileRecord(Part):
 class Manifest(Part):
     """The whole of `manifest.json`; docs/architecture.md describes each field."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     name: Identifier
     version: Identifier
     created: datetime
@@ -190,4 +191,9 @@ def _from_1(raw: dict[str, Any]) -> dict[str, Any]:
     return raw | {"schema_version": 2}
 
 
-STEPS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}  # schema -> to the next one
+def _from_2(raw: dict[str, Any]) -> dict[str, Any]:
+    """Schema 3 may crop frames away, which no version of schema 2 does."""
+    return raw | {"schema_version": 3}
+
+
+STEPS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}  # schema -> to the next one

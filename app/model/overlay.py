@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from app.model.frame import WHOLE, Box
 from app.model.labels import NOTICE, PREDICTED, Judgement
 from app.model.manifest import Manifest
 
@@ -56,15 +57,27 @@ def evidence(cam: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(positive / (positive.max() or 1), dtype=np.float32)
 
 
-def render(cam: NDArray[np.float32], preview: Image.Image, *, style: Style, alpha: float, description: str) -> Overlay:
+def render(
+    cam: NDArray[np.float32],
+    preview: Image.Image,
+    *,
+    lit: Box | None = None,
+    style: Style,
+    alpha: float,
+    description: str,
+) -> Overlay:
     """Draw a raw map float32[H,W] over an RGB preview of any size.
 
     Args:
+        lit: the part of the preview that the map is of; by default all of it.
         alpha: opacity of the colour where the evidence peaks; it fades with the evidence, so skin without any stays.
         description: `Aim.description`, kept in the PNG's text beside the notice.
     """
     small = Image.fromarray(evidence(cam))
-    strength = np.asarray(small.resize(preview.size, Image.Resampling.BICUBIC)).clip(0, 1)
+    left, top, right, bottom = (round(edge) for edge in (lit or WHOLE).of(*preview.size))
+    strength = np.zeros((preview.height, preview.width), dtype=np.float32)
+    shown = small.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+    strength[top:bottom, left:right] = np.asarray(shown).clip(0, 1)
     # Opacity goes with the root, and so do the 256 levels: weak evidence then fades without an edge
     levels = (np.sqrt(strength) * 255).round().astype(np.uint8)
     picture = Image.fromarray(_colours()[levels])

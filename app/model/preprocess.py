@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from app.model.containers import Picture, read_jpeg, read_png, read_webp
+from app.model.frame import Box, lit_part
 
 # Named, so that Pillow loads no other plugin; it is never asked for another
 FORMATS = (
@@ -101,6 +102,7 @@ class DecodedImage:
     height: int
     format: str
     warnings: tuple[str, ...]
+    lit: Box | None = None  # what of it the model sees, where a dark frame was cropped away
 
 
 def decode(
@@ -108,6 +110,7 @@ def decode(
     *,
     size: int = 224,
     max_pixels: int = MAX_PIXELS,
+    crop_frame: bool = False,
     preview_side: int = 0,
     jpeg: JpegDecoder | None = None,
 ) -> DecodedImage:
@@ -119,6 +122,7 @@ def decode(
         data: the whole file.
         size: side of the square that the model takes, pixels.
         max_pixels: largest width × height accepted, within Pillow's own 89 million.
+        crop_frame: leave a dark frame away before resizing; the preview keeps it.
         preview_side: longest side of a preview that keeps the aspect ratio, pixels; with 0 nobody will look, and the
             preview is what the model sees.
         jpeg: decodes JPEGs of which no preview is wanted, in place of Pillow; ValueError for one that it cannot.
@@ -129,7 +133,7 @@ def decode(
     picture = _read(data)
     _check(picture, max_pixels)
     try:
-        return _decode(picture, size=size, preview_side=preview_side, jpeg=jpeg)
+        return _decode(picture, size=size, crop_frame=crop_frame, preview_side=preview_side, jpeg=jpeg)
     except ImageError:
         raise
     except MemoryError as error:
@@ -180,7 +184,9 @@ def _check(picture: Picture, max_pixels: int) -> None:
         raise FormatNotServed("lossless and arithmetic-coded JPEGs are not served: export a usual JPEG, PNG or WebP")
 
 
-def _decode(picture: Picture, *, size: int, preview_side: int, jpeg: JpegDecoder | None) -> DecodedImage:
+def _decode(
+    picture: Picture, *, size: int, crop_frame: bool, preview_side: int, jpeg: JpegDecoder | None
+) -> DecodedImage:
     width, height = picture.width, picture.height
     image: Image.Image = Image.open(io.BytesIO(picture.body), formats=(picture.kind,))
     if image.size != (width, height):
@@ -199,7 +205,15 @@ def _decode(picture: Picture, *, size: int, preview_side: int, jpeg: JpegDecoder
     if turn in SIDEWAYS:
         width, height = height, width
     return shrink(
-        image, kind=picture.kind, mode=mode, width=width, height=height, size=size, preview_side=preview_side, turn=turn
+        image,
+        kind=picture.kind,
+        mode=mode,
+        width=width,
+        height=height,
+        size=size,
+        crop_frame=crop_frame,
+        preview_side=preview_side,
+        turn=turn,
     )
 
 
@@ -211,6 +225,7 @@ def shrink(
     width: int,
     height: int,
     size: int,
+    crop_frame: bool,
     preview_side: int,
     turn: Image.Transpose | None = None,
 ) -> DecodedImage:
@@ -227,14 +242,13 @@ def shrink(
         if preview_side and max(part.size) > preview_side:
             part.thumbnail((preview_side, preview_side), Image.Resampling.BILINEAR, reducing_gap=REDUCING_GAP)
         previews.append(part if preview_side else squares[-1])
-    return DecodedImage(
-        pixels=np.ascontiguousarray(np.asarray(_joined(squares)).transpose(2, 0, 1)),
-        preview=_joined(previews),
-        width=width,
-        height=height,
-        format=kind,
-        warnings=_warnings(mode, width, height),
-    )
+    pixels, preview = _array(squares), _joined(previews)
+    warnings = _warnings(mode, width, height)
+    if lit := lit_part(pixels) if crop_frame else None:
+        parts = _upright(image, turn)
+        pixels = _array([p.resize((size, size), Image.Resampling.BILINEAR, box=lit.of(*p.size)) for p in parts])
+        warnings = (*warnings, "a dark frame was cropped away")
+    return DecodedImage(pixels, preview, width=width, height=height, format=kind, warnings=warnings, lit=lit)
 
 
 def _upright(image: Image.Image, turn: Image.Transpose | None) -> Iterator[Image.Image]:
@@ -252,6 +266,11 @@ def _upright(image: Image.Image, turn: Image.Transpose | None) -> Iterator[Image
 def _joined(parts: list[Image.Image]) -> Image.Image:
     """RGB of what `_upright` gave: itself, or its channels; one channel is grey."""
     return parts[0] if parts[0].mode == "RGB" else Image.merge("RGB", parts if len(parts) == 3 else 3 * parts)
+
+
+def _array(parts: list[Image.Image]) -> NDArray[np.uint8]:
+    """The same as uint8[3,H,W]."""
+    return np.ascontiguousarray(np.asarray(_joined(parts)).transpose(2, 0, 1))
 
 
 def _warnings(mode: str, width: int, height: int) -> tuple[str, ...]:

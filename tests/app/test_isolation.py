@@ -22,7 +22,7 @@ from app.main import create_app
 from app.model.preprocess import MAX_PIXELS, DecodedImage, ImageError, NotAnImage, decode
 from app.settings import Settings
 from tests.app.model.test_preprocess import png_header
-from tests.conftest import encode
+from tests.conftest import encode, framed
 from training.drawn import draw_lesion
 
 UNSAFE = "could not be decoded safely"
@@ -84,8 +84,8 @@ def workers() -> set[int]:
     return found
 
 
-def ask(pool: DecodeProcesses, data: bytes, *, preview_side: int = 0) -> DecodedImage:
-    return pool.decode(data, size=224, max_pixels=MAX_PIXELS, preview_side=preview_side)
+def ask(pool: DecodeProcesses, data: bytes, *, crop_frame: bool = False, preview_side: int = 0) -> DecodedImage:
+    return pool.decode(data, size=224, max_pixels=MAX_PIXELS, crop_frame=crop_frame, preview_side=preview_side)
 
 
 def outcome(work: object) -> tuple[object, ...]:
@@ -102,6 +102,7 @@ def outcome(work: object) -> tuple[object, ...]:
         image.height,
         image.format,
         image.warnings,
+        image.lit,
     )
 
 
@@ -111,6 +112,13 @@ def test_a_process_answers_as_a_thread_does(pool: DecodeProcesses, name: str, pr
     data = IMAGES[name]
     expected = outcome(lambda: decode(data, preview_side=preview_side))
     assert outcome(lambda: ask(pool, data, preview_side=preview_side)) == expected
+
+
+def test_a_process_crops_a_frame_as_a_thread_does(pool: DecodeProcesses) -> None:
+    data = encode(framed(LESION))
+    expected = outcome(lambda: decode(data, crop_frame=True, preview_side=512))
+    assert expected[-1] is not None
+    assert outcome(lambda: ask(pool, data, crop_frame=True, preview_side=512)) == expected
 
 
 def test_pixels_can_be_written_as_a_threads_can(pool: DecodeProcesses) -> None:
@@ -215,10 +223,10 @@ def test_close_leaves_no_process_and_serves_no_more() -> None:
         ask(pool, IMAGES["jpeg"])
 
 
-SEEN = {"width": 900, "height": 700, "format": "JPEG", "warnings": [], "preview": [224, 224]}
+SEEN = {"width": 900, "height": 700, "format": "JPEG", "warnings": [], "preview": [224, 224], "lit": None}
 
 
-def framed(header: object) -> bytes:
+def reply_of(header: object) -> bytes:
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack(">I", len(encoded)) + encoded + bytes(6 * 224 * 224)
 
@@ -227,25 +235,27 @@ def framed(header: object) -> bytes:
     "reply",
     [
         b"",
-        framed(json.dumps(SEEN).encode() + b" " * 4096),
-        framed(b"[" * 4000),
-        framed(None),
-        framed({}),
-        framed({"error": "SystemExit", "message": "3"}),
-        framed({"error": "NotAnImage", "message": "two\nlines"}),
-        framed(SEEN | {"width": 900.5}),
-        framed(SEEN | {"width": 9_000_000}),
-        framed(SEEN | {"height": True}),
-        framed(SEEN | {"format": "EPS"}),
-        framed(SEEN | {"warnings": ["long" * 200]}),
-        framed(SEEN | {"preview": [224, 225]}),
-        framed(SEEN | {"preview": [65_000, 65_000]}),
-        framed(SEEN | {"more": 1}),
-        framed(SEEN)[:-1],
+        reply_of(json.dumps(SEEN).encode() + b" " * 4096),
+        reply_of(b"[" * 4000),
+        reply_of(None),
+        reply_of({}),
+        reply_of({"error": "SystemExit", "message": "3"}),
+        reply_of({"error": "NotAnImage", "message": "two\nlines"}),
+        reply_of(SEEN | {"width": 900.5}),
+        reply_of(SEEN | {"width": 9_000_000}),
+        reply_of(SEEN | {"height": True}),
+        reply_of(SEEN | {"format": "EPS"}),
+        reply_of(SEEN | {"warnings": ["long" * 200]}),
+        reply_of(SEEN | {"preview": [224, 225]}),
+        reply_of(SEEN | {"preview": [65_000, 65_000]}),
+        reply_of(SEEN | {"lit": [0, 0, 1, 1.5]}),
+        reply_of(SEEN | {"lit": [0.9, 0, 0.1, 1]}),
+        reply_of(SEEN | {"more": 1}),
+        reply_of(SEEN)[:-1],
     ],
 )
 def test_a_worker_that_lies_is_not_believed(reply: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tell(framed(SEEN), tmp_path, monkeypatch).width == 900
+    assert tell(reply_of(SEEN), tmp_path, monkeypatch).width == 900
     with pytest.raises(NotAnImage, match=UNSAFE):
         tell(reply, tmp_path, monkeypatch)
 

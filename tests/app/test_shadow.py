@@ -21,7 +21,8 @@ from app.model.labels import calibrate
 from app.model.manifest import Preprocessing
 from app.settings import Settings
 from tests.app.test_served import series, until
-from tests.conftest import JPEG, NAME, Quick, make_manifest
+from tests.conftest import JPEG, NAME, Quick, encode, framed, make_manifest
+from training.drawn import draw_lesion
 
 Fault = Callable[[], object]
 SERVED, SHADOW = "1", "2"
@@ -191,6 +192,22 @@ def test_what_cannot_be_compared_is_not(root: Path, lesion: bytes, publish: Call
         assert answer.status_code == 200
         until(lambda: series(client, 'dermlens_shadow_dropped_total{reason="incomparable"}') == 1, "told")
         assert series(client, "dermlens_shadow_pairs_total") == 0
+
+
+@pytest.mark.parametrize("served_crops", [True, False])
+def test_a_shadow_that_treats_frames_otherwise_is_compared_where_there_is_none(
+    root: Path, lesion: bytes, served_crops: bool
+) -> None:
+    for version, crops in (("4", served_crops), ("5", not served_crops)):
+        prepared = Preprocessing(size=224, resize="squash-bilinear", crop_frame=crops, mean=(0, 0, 0), std=(1, 1, 1))
+        weights = safetensors.numpy.save({"w": np.full(4, 4, dtype=np.float32)})
+        store.publish(root, make_manifest(version, preprocessing=prepared), {store.WEIGHTS: weights})
+    store.promote(root, NAME, "4")
+    with server(root, shadow_version="5") as client:
+        ask(client, encode(framed(draw_lesion(1, 3))))
+        until(lambda: series(client, 'dermlens_shadow_dropped_total{reason="incomparable"}') == 1, "told")
+        ask(client, lesion)
+        until(lambda: series(client, "dermlens_shadow_pairs_total") == 1, "scored")
 
 
 def test_who_waits_for_the_served_version_goes_first(

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from app.model.preprocess import decode
-from tests.conftest import encode, needs_real_data
+from tests.conftest import encode, framed, needs_real_data
 from training.config import Data
 from training.data import Dataset, assign_folds, load_dataset, near_duplicates
 from training.drawn import draw_lesion
@@ -34,6 +34,18 @@ def test_images_are_decoded_as_serving_decodes_them(folder: Path) -> None:
     assert dataset.names[0] == "benign/00.png"
     assert np.array_equal(dataset.images[0].numpy(), decode((folder / "benign" / "00.png").read_bytes()).pixels)
     assert dataset.labels.tolist() == [0] * 13 + [1] * 13
+
+
+def test_frames_are_cropped_where_the_config_says_so_and_folds_are_the_same(folder: Path) -> None:
+    path = folder / "benign" / "00.png"
+    framed(draw_lesion(0, 0)).save(path)
+    kept, cropped = load(), load(crop_frame=True)
+    assert np.array_equal(kept.images[0].numpy(), decode(path.read_bytes()).pixels)
+    assert np.array_equal(cropped.images[0].numpy(), decode(path.read_bytes(), crop_frame=True).pixels)
+    assert not torch.equal(kept.images[0], cropped.images[0])
+    assert torch.equal(kept.images[1:], cropped.images[1:])
+    assert np.array_equal(kept.folds, cropped.folds)
+    assert kept.fingerprint == cropped.fingerprint
 
 
 @pytest.mark.usefixtures("folder")

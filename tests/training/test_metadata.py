@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from app.model import metadata, store
-from app.model.manifest import Metric
+from app.model.manifest import Metric, Preprocessing
 from app.model.metadata import FIELDS, PLACES, SITES, WIDTH, Metadata
 from tests.conftest import NAME, careful_manifest, encode
 from training import metadata as study
@@ -93,6 +93,9 @@ def test_drawn_cases_lean_on_age_and_site_alone_and_have_gaps() -> None:
     assert [case.image for case in draw_cases(3, seed=0)] == [case.image for case in draw_cases(3, seed=0)]
 
 
+SMALL = Preprocessing(size=64, resize="squash-bilinear", mean=(0, 0, 0), std=(1, 1, 1))
+
+
 def write_table(folder: Path, *lines: str, header: str = "image,age,sex,site,label") -> Path:
     for number in range(4):
         (folder / f"{number}.png").write_bytes(encode(draw_lesion(number % 2, number, size=(96, 96))))
@@ -103,7 +106,7 @@ def write_table(folder: Path, *lines: str, header: str = "image,age,sex,site,lab
 
 def test_a_table_is_read_with_its_gaps(tmp_path: Path) -> None:
     path = write_table(tmp_path, "0.png,45.0,female,head/neck,benign", "1.png,,,,malignant")
-    cases = read_table(path, classes=("benign", "malignant"), size=64)
+    cases = read_table(path, classes=("benign", "malignant"), prepared=SMALL)
     assert cases.images.shape == (2, 3, 64, 64)
     assert cases.labels.tolist() == [0, 1]
     assert cases.known == [Metadata(45, "female", "head/neck"), Metadata()]
@@ -125,13 +128,13 @@ def test_a_table_is_read_with_its_gaps(tmp_path: Path) -> None:
 def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, line: str, word: str) -> None:
     path = write_table(tmp_path, "0.png,45,female,head/neck,benign", line)
     with pytest.raises(ValueError, match=word):
-        read_table(path, classes=("benign", "malignant"), size=64)
+        read_table(path, classes=("benign", "malignant"), prepared=SMALL)
 
 
 def test_a_table_without_a_column_or_without_a_line_is_refused(tmp_path: Path) -> None:
     for header, word in (("image,age,sex,label", "has no column site"), ("image,age,sex,site,label", "names no image")):
         with pytest.raises(ValueError, match=word):
-            read_table(write_table(tmp_path, header=header), classes=("benign", "malignant"), size=64)
+            read_table(write_table(tmp_path, header=header), classes=("benign", "malignant"), prepared=SMALL)
 
 
 def test_a_version_is_published_with_its_head_and_its_figures(

@@ -68,7 +68,7 @@ def test_a_process_decodes_every_encoding_as_a_thread_does() -> None:
     pool = DecodeProcesses(1, timeout_s=30, memory_bytes=600 << 20)
     try:
         for data, _ in FILES.values():
-            theirs = pool.decode(data, size=224, max_pixels=MAX_PIXELS, preview_side=0)
+            theirs = pool.decode(data, size=224, max_pixels=MAX_PIXELS, crop_frame=False, preview_side=0)
             assert np.array_equal(theirs.pixels, decode(data, unbounded=True).pixels)
             assert theirs.format == "DICOM"
     finally:
