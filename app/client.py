@@ -336,9 +336,11 @@ class Client:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def predict(self, image: Image, **known: Any) -> Prediction:
+    def predict(
+        self, image: Image, *, age: float | None = None, sex: Sex | None = None, site: Site | None = None
+    ) -> Prediction:
         """As `AsyncClient.predict`."""
-        return self._portal.call(lambda: self._client.predict(image, **known))
+        return self._portal.call(lambda: self._client.predict(image, age=age, sex=sex, site=site))
 
     def predict_many(self, images: Sequence[Image]) -> list[Prediction | DermlensError]:
         """As `AsyncClient.predict_many`."""

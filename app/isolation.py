@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from app.model.frame import Box
+from app.model.frame import LEAST_SIDE, Box
 from app.model.preprocess import DecodedImage, FormatNotServed, ImageError, ImageTooLarge, ImageTooSmall, NotAnImage
 
 ERRORS = {kind.__name__: kind for kind in (NotAnImage, ImageTooLarge, ImageTooSmall, FormatNotServed)}
@@ -176,7 +176,7 @@ def _ask(
     wide, high = reply.preview
     fits = max(wide, high) <= preview_side if preview_side else wide == high == size
     lit = Box(*reply.lit) if reply.lit else None
-    fits = fits and (lit is None or (lit.left < lit.right and lit.top < lit.bottom))
+    fits = fits and (lit is None or min(lit.right - lit.left, lit.bottom - lit.top) > LEAST_SIDE - 0.01)
     if not fits or reply.width * reply.height > max_pixels:
         raise ValueError("a reply's sizes are not those asked for")
     pixels = np.frombuffer(_read(worker, 3 * size * size, deadline), dtype=np.uint8).reshape(3, size, size)

@@ -173,7 +173,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
         list_models=lambda: list_models(settings.model_store, settings.model_name, served.now.manifest.version),
         read_report=lambda version, file: read_report(settings.model_store, settings.model_name, version, file),
         promote=lambda version: promote(served, settings, version),
-        compare=shadow.compare if shadow else lambda *_: None,
+        compare=shadow.compare if shadow else partial(count_missing_shadow, settings, metrics),
         workers=CapacityLimiter(settings.decode_threads),
         operating_point=settings.operating_point,
         coverage=settings.coverage,
@@ -310,6 +310,12 @@ def start_shadow(settings: Settings, metrics: Metrics) -> Shadow | None:
         timeout_s=settings.timeout_ms / 1000,
         metrics=metrics,
     )
+
+
+def count_missing_shadow(settings: Settings, metrics: Metrics, *_: object) -> None:
+    """In place of `Shadow.compare` where there is none: whether one could not be loaded shows in the metrics."""
+    if settings.shadow_version is not None:
+        metrics.shadow_dropped.labels(reason="not_loaded").inc(settings.shadow_share)
 
 
 async def promote(served: Served, settings: Settings, version: str) -> str:

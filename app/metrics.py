@@ -140,7 +140,7 @@ class Metrics:
         )
         self.shadow_dropped = Counter(
             "dermlens_shadow_dropped",
-            "Images of the shadow's share that it did not score, by reason: busy, deadline, failed, incomparable.",
+            "Images of the shadow's share left unscored, by reason: busy, deadline, failed, incomparable, not_loaded.",
             ["reason"],
             registry=registry,
         )

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from app.model import store
 from app.model.labels import calibrate
+from app.model.frame import lit_part
 from app.model.openvino_graph import build_graph
 from app.model.quality import LIMITS, assess, measure
 from training.corruptions import STRENGTHS, corrupt
@@ -62,6 +63,16 @@ def spoil(image: Pixels, kind: str, *, strength: int, seed: int) -> Pixels:
         ImageDraw.Draw(field).ellipse(box, fill=255)
         field = field.filter(ImageFilter.GaussianBlur(3))
         picture = Image.composite(picture, Image.new("RGB", (width, height)), field)
+    return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
+
+
+def unframed(image: Pixels) -> Pixels:
+    """uint8[3,S,S] as `decode` gives it where the version crops frames."""
+    box = lit_part(image)
+    if box is None:
+        return image
+    picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+    picture = picture.resize(picture.size, Image.Resampling.BILINEAR, box=box.of(*picture.size))
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
@@ -115,6 +126,8 @@ def study(source: Path, *, images: int) -> tuple[list[dict[str, str]], list[dict
         batch = clean
         if strength:
             batch = np.stack([spoil(image, kind, strength=strength, seed=i) for i, image in enumerate(clean)])
+        if manifest.preprocessing.crop_frame:
+            batch = np.stack([unframed(image) for image in batch])
         positive = judged(batch)
         group = [(asdict(measures), assess(measures)) for measures in map(measure, batch)]
         name = f"{kind} {strength}" if strength else kind

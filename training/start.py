@@ -55,11 +55,12 @@ def with_version(config: Config, folder: Path) -> Config:
         "gate": manifest.architecture.gate or "none",
     }
     seen = {name for past in _lineage(manifest) for name in _folders(_data(past))}
-    without = sorted(seen - _folders(config.data) - {"drawn"})
+    data = {
+        "without": sorted(seen - _folders(config.data) - {"drawn"}),
+        "crop_frame": config.data.crop_frame or manifest.preprocessing.crop_frame,
+    }
     fields = config.model_dump()
-    return Config.model_validate(
-        fields | {"model": fields["model"] | model, "data": fields["data"] | {"without": without}}
-    )
+    return Config.model_validate(fields | {"model": fields["model"] | model, "data": fields["data"] | data})
 
 
 def refuse_seen(config: Config, dataset: Dataset) -> None:

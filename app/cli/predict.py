@@ -105,9 +105,12 @@ def _predict(options: argparse.Namespace, settings: Settings) -> int:
 
 def _report_in_dicom(options: argparse.Namespace, settings: Settings) -> int:
     """As `dermlens dicom`, at an operating point and coverage of its own."""
-    unfit = options.csv or options.overlays or options.url or options.json or options.tta != "none"
-    if len(options.paths) != 1 or unfit:
-        raise ValueError("--sr: give one DICOM file, without --csv, --overlays, --url, --json or --tta")
+    if len(options.paths) != 1:
+        raise ValueError("--sr: give one DICOM file")
+    defaults = {"recursive": False, "restart": False, "json": False, "tta": "none"}
+    for name in ("recursive", "csv", "restart", "overlays", "tta", "json", "url", "api_key_file", "workers"):
+        if getattr(options, name) != defaults.get(name):
+            raise ValueError(f"--sr: give one DICOM file, without --{name.replace('_', '-')}")
     chosen = {name: getattr(options, name) for name in ("operating_point", "coverage") if getattr(options, name)}
     return write_dicom(options.paths[0], settings.model_copy(update=chosen), sr=options.sr)
 

@@ -143,7 +143,8 @@ def test_a_shadow_that_cannot_be_loaded_keeps_no_server_from_starting(
     damage(root / NAME / SHADOW / store.WEIGHTS)
     with server(root) as client:
         assert ask(client, lesion)["label"] == "malignant"
-        assert series(client, "dermlens_shadow_") == 0
+        assert series(client, "dermlens_shadow_pairs_total") == 0
+        assert series(client, 'dermlens_shadow_dropped_total{reason="not_loaded"}') == 1
     (record,) = (record for record in caplog.records if record.name == "app.main")
     assert "no shadow: version 2 cannot be loaded" in record.getMessage()
 

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 
+from app.model.preprocess import decode
 from app.model.quality import measure
+from tests.conftest import encode, framed
 from training.drawn import draw_lesion
-from training.quality import KINDS, percentiles, row, spoil
+from training.quality import KINDS, percentiles, row, spoil, unframed
 
 LESION = np.ascontiguousarray(np.asarray(draw_lesion(1, 3)).transpose(2, 0, 1))
 
@@ -42,3 +44,11 @@ def test_a_group_of_one_class_has_an_accuracy_and_no_roc_auc() -> None:
 def test_percentiles_are_of_every_measure() -> None:
     table = {line["measure"]: line for line in percentiles(np.stack([LESION, 255 - LESION]))}
     assert float(table["brightness"]["p0"]) < float(table["brightness"]["p100"])
+
+
+def test_a_round_field_is_cropped_as_serving_crops_it() -> None:
+    picture = framed(draw_lesion(1, 3))
+    pixels = np.asarray(picture).transpose(2, 0, 1)
+    assert np.array_equal(unframed(pixels), decode(encode(picture), crop_frame=True).pixels)
+    clear = np.asarray(draw_lesion(1, 3)).transpose(2, 0, 1)
+    assert unframed(clear) is clear

@@ -88,3 +88,14 @@ def test_what_the_start_of_a_start_saw_counts_too(tmp_path: Path) -> None:
     assert config.data.without == ["clinics", "skin"]
     assert config.model.start == f"version:{second}"
     assert config.model.gate == "branch_softmax"
+
+
+def test_a_run_crops_frames_where_its_start_does_or_it_says_so_itself(tmp_path: Path) -> None:
+    prepared = make_manifest().preprocessing
+    for number, start_crops in enumerate((False, True)):
+        changes = {"preprocessing": prepared.model_copy(update={"crop_frame": start_crops})}
+        folder = publish(tmp_path, str(number), trained_on("skin"), **changes)
+        config = trained_on("clinics")
+        cropping = config.model_copy(update={"data": config.data.model_copy(update={"crop_frame": True})})
+        assert with_version(config, folder).data.crop_frame == start_crops
+        assert with_version(cropping, folder).data.crop_frame

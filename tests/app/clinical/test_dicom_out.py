@@ -160,12 +160,25 @@ def test_predict_writes_the_report_too(
 
 
 @pytest.mark.parametrize(
-    "unfit", [["--overlays", "x"], ["--csv", "x.csv"], ["--url", "http://x"], ["--json"], ["--tta", "flips"]]
+    "unfit",
+    [
+        ["--overlays", "x"],
+        ["--csv", "x.csv"],
+        ["--url", "http://x"],
+        ["--json"],
+        ["--tta", "flips"],
+        ["--recursive"],
+        ["--restart"],
+        ["--workers", "2"],
+        ["--api-key-file", "key"],
+    ],
 )
 def test_predict_writes_the_report_of_one_file_alone(unfit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert dermlens("predict", "x.dcm", "--sr", "sr.dcm", *unfit) == 2
     assert dermlens("predict", "x.dcm", "y.dcm", "--sr", "sr.dcm") == 2
-    assert capsys.readouterr().err.count("--sr: give one DICOM file") == 2
+    told = capsys.readouterr().err
+    assert told.count("--sr: give one DICOM file") == 2
+    assert f"without {unfit[0]}" in told
 
 
 def test_without_the_extra_the_command_says_what_to_install(
