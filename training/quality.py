@@ -8,7 +8,7 @@ quality gate says of it. Percentiles are of the training images, so that a warni
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -21,10 +21,11 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from app.model import store
-from app.model.labels import calibrate
 from app.model.frame import lit_part
+from app.model.labels import calibrate
 from app.model.openvino_graph import build_graph
 from app.model.quality import LIMITS, assess, measure
+from training.config import Config
 from training.corruptions import STRENGTHS, corrupt
 from training.data import load_dataset
 from training.published import load_trained
@@ -42,6 +43,7 @@ FIELDS = (1.1, 0.95, 0.8, 0.65, 0.5)
 KINDS = (*FROM_CORRUPTIONS, "darker", "brighter", "few pixels", "vignette")
 
 Pixels = NDArray[np.uint8]
+Judge = Callable[[Pixels], NDArray[np.float64]]  # images -> probability of the last class
 
 
 def spoil(image: Pixels, kind: str, *, strength: int, seed: int) -> Pixels:
@@ -157,21 +159,25 @@ def study(source: Path, *, images: int) -> tuple[list[dict[str, str]], list[dict
         for word in words:
             members = np.array([word in warnings or (word == words[0] and not warnings) for warnings in found])
             rows.append(row(f"{config.data.extra}: {word}", theirs[members], positive[members], threshold))
+    return table, [*rows, *frames(config, manifest.split.held_out_fold, judged, threshold)]
+
+
+def frames(config: Config, fold: int, judged: Judge, threshold: float) -> Iterator[dict[str, str]]:
+    """Held-out images in a dark frame, with it and without, and those that have none."""
     kept, cropped = (
         load_dataset(config.data.model_copy(update={"crop_frame": crops}), seed=config.seed) for crops in (False, True)
     )
+    split = kept.split(fold)
     for folder, members in ((config.data.root, split.held_out), (config.data.extra, split.held_out_extra)):
         whole, lit = (part.images[members].numpy() for part in (kept, cropped))
-        framed = (whole != lit).any(axis=(1, 2, 3))
+        labels, framed = kept.labels[members].numpy(), (whole != lit).any(axis=(1, 2, 3))
         for name, pixels, group in (
             ("frame kept", whole, framed),
             ("frame cropped", lit, framed),
             ("no frame", whole, ~framed),
         ):
             if group.any():
-                theirs = dataset.labels[members].numpy()[group]
-                rows.append(row(f"{folder}: {name}", theirs, judged(pixels[group]), threshold))
-    return table, rows
+                yield row(f"{folder}: {name}", labels[group], judged(pixels[group]), threshold)
 
 
 def main(arguments: list[str] | None = None) -> None:
