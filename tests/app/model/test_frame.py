@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from app.main import create_app
 from app.model import store
+from app.model.architecture import IMAGENET_MEAN, IMAGENET_STD
 from app.model.frame import WHOLE, lit_part
 from app.model.manifest import Preprocessing
 from app.model.overlay import render
@@ -18,7 +19,6 @@ from app.model.preprocess import decode
 from app.settings import Settings
 from tests.conftest import JPEG, NAME, encode, framed, make_manifest
 from training.drawn import draw_lesion
-from training.export import IMAGENET_MEAN, IMAGENET_STD
 
 LESION = draw_lesion(1, 3, size=(400, 400))
 TOLD = "a dark frame was cropped away"
