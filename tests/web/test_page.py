@@ -165,7 +165,7 @@ def test_one_image_is_judged_with_its_reasons_and_evidence(visit: Visit, url: st
 
 def test_the_rule_is_the_readers_choice(visit: Visit, url: str) -> None:
     page = visit(url)
-    assert page.locator("#operating-point option").all_inner_texts() == ["balanced", "sensitivity-95", "specificity-95"]
+    expect(page.locator("#operating-point option")).to_have_text(["balanced", "sensitivity-95", "specificity-95"])
     give(page, picture())
     answered(page)
     page.select_option("#coverage", "off")
