@@ -74,8 +74,7 @@ class Shadow:
         manifest = self._manifest
         same_rule = answered.threshold is None or answered.operating_point in manifest.operating_points
         ours, theirs = manifest.preprocessing, served.preprocessing
-        unframed = image.lit is None and lit_part(image.pixels) is None
-        same_input = ours.size == theirs.size and (ours.crop_frame == theirs.crop_frame or unframed)
+        same_input = ours.size == theirs.size and (ours.crop_frame == theirs.crop_frame or _unframed(image))
         return same_rule and same_input and not answered.metadata and tuple(answered.probabilities) == manifest.classes
 
     async def _score(self, pixels: NDArray[np.uint8], answered: Judgement, served: str) -> None:
@@ -95,3 +94,8 @@ class Shadow:
 
     def _drop(self, reason: str) -> None:
         self._metrics.shadow_dropped.labels(reason=reason).inc()
+
+
+def _unframed(image: DecodedImage) -> bool:
+    """Whether a version that crops frames and one that does not see the same of it."""
+    return image.lit is None and lit_part(image.pixels) is None

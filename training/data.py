@@ -15,6 +15,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 from tqdm import tqdm
 
+from app.model.frame import lit_part
 from app.model.preprocess import FORMATS, ImageError, decode
 from training.config import Data, data_dir
 from training.drawn import draw_dataset
@@ -70,8 +71,10 @@ def load_dataset(spec: Data, *, seed: int, progress: bool = True) -> Dataset:
     for source, name, _, content in tqdm(files, desc="decode", unit="img", disable=None if progress else True):
         data = content.read_bytes() if isinstance(content, Path) else content
         try:
-            decoded.append(torch.from_numpy(decode(data).pixels))
-            lit.append(torch.from_numpy(decode(data, crop_frame=True).pixels) if spec.crop_frame else decoded[-1])
+            pixels = decode(data).pixels
+            decoded.append(torch.from_numpy(pixels))
+            framed = spec.crop_frame and lit_part(pixels)
+            lit.append(torch.from_numpy(decode(data, crop_frame=True).pixels) if framed else decoded[-1])
         except ImageError as error:
             raise ValueError(f"{name}: {error}") from None
         names.append(f"{spec.extra}/{name}" if source == "extra" else name)

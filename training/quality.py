@@ -21,13 +21,13 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from app.model import store
-from app.model.frame import lit_part
 from app.model.labels import calibrate
 from app.model.openvino_graph import build_graph
+from app.model.preprocess import shrink
 from app.model.quality import LIMITS, assess, measure
 from training.config import Config
 from training.corruptions import STRENGTHS, corrupt
-from training.data import load_dataset
+from training.data import Dataset, load_dataset
 from training.published import load_trained
 from training.tables import write_csv
 
@@ -70,12 +70,9 @@ def spoil(image: Pixels, kind: str, *, strength: int, seed: int) -> Pixels:
 
 def unframed(image: Pixels) -> Pixels:
     """uint8[3,S,S] as `decode` gives it where the version crops frames."""
-    box = lit_part(image)
-    if box is None:
-        return image
-    picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-    picture = picture.resize(picture.size, Image.Resampling.BILINEAR, box=box.of(*picture.size))
-    return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
+    picture, side = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))), image.shape[-1]
+    seen = shrink(picture, kind="PNG", mode="RGB", width=side, height=side, size=side, crop_frame=True, preview_side=0)
+    return seen.pixels if seen.lit else image
 
 
 def percentiles(images: Pixels) -> Iterator[dict[str, str]]:
@@ -159,14 +156,14 @@ def study(source: Path, *, images: int) -> tuple[list[dict[str, str]], list[dict
         for word in words:
             members = np.array([word in warnings or (word == words[0] and not warnings) for warnings in found])
             rows.append(row(f"{config.data.extra}: {word}", theirs[members], positive[members], threshold))
-    return table, [*rows, *frames(config, manifest.split.held_out_fold, judged, threshold)]
+    return table, [*rows, *frames(config, dataset, manifest.split.held_out_fold, judged, threshold)]
 
 
-def frames(config: Config, fold: int, judged: Judge, threshold: float) -> Iterator[dict[str, str]]:
+def frames(config: Config, dataset: Dataset, fold: int, judged: Judge, threshold: float) -> Iterator[dict[str, str]]:
     """Held-out images in a dark frame, with it and without, and those that have none."""
-    kept, cropped = (
-        load_dataset(config.data.model_copy(update={"crop_frame": crops}), seed=config.seed) for crops in (False, True)
-    )
+    crops = config.data.crop_frame
+    other = load_dataset(config.data.model_copy(update={"crop_frame": not crops}), seed=config.seed)
+    kept, cropped = (other, dataset) if crops else (dataset, other)
     split = kept.split(fold)
     for folder, members in ((config.data.root, split.held_out), (config.data.extra, split.held_out_extra)):
         whole, lit = (part.images[members].numpy() for part in (kept, cropped))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from app.model.quality import DARK, LUMA
+from app.model.quality import DARK, luma
 
 MOST_DARK = 0.15  # of an outermost row or column that still belongs to the picture
 LEAST_SIDE = 0.4  # of the picture; what is darker than this is dark, and not framed
@@ -38,9 +38,9 @@ def lit_part(pixels: NDArray[np.uint8]) -> Box | None:
     square within it is left.
     """
     edge = slice(CORNER, None, pixels.shape[1] - 2 * CORNER - 1), slice(CORNER, None, pixels.shape[2] - 2 * CORNER - 1)
-    if (_luma(pixels[:, *edge]) >= DARK).all():
+    if (luma(pixels[:, *edge]) >= DARK).all():
         return None
-    dark = _luma(pixels) < DARK
+    dark = luma(pixels) < DARK
     height, width = dark.shape
     left, top, right, bottom = 0, 0, width, height
     while True:
@@ -56,7 +56,3 @@ def lit_part(pixels: NDArray[np.uint8]) -> Box | None:
     if (left, top, right, bottom) == (0, 0, width, height):
         return None
     return Box(left / width, top / height, right / width, bottom / height)
-
-
-def _luma(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return np.tensordot(LUMA, pixels.astype(np.float32), axes=1)

@@ -56,20 +56,24 @@ class Quality(NamedTuple):
     spoilt: tuple[str, ...]  # those of the warnings that make the answer one not to be relied on
 
 
+def luma(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """uint8[3,H,W] RGB -> float32[H,W], 0..255."""
+    return np.tensordot(LUMA, pixels.astype(np.float32), axes=1)
+
+
 def measure(pixels: NDArray[np.uint8]) -> Measures:
     """uint8[3,H,W] RGB -> `Measures`; a millisecond at 224 pixels."""
-    luma = np.tensordot(LUMA, pixels.astype(np.float32), axes=1)
-    centre = luma[1:-1, 1:-1]
-    laplacian = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * centre
+    grey = luma(pixels)
+    laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
     highest, lowest = pixels.max(axis=0), pixels.min(axis=0)
     colour = pixels.mean(axis=(1, 2)) + 1e-6  # black is grey
     return Measures(
-        brightness=float(luma.mean()) / 255,
+        brightness=float(grey.mean()) / 255,
         sharpness=float(laplacian.var()),
         saturation=float(((highest - lowest) / np.maximum(highest, 1)).mean()),
         red=float(colour[0] / colour.sum()),
         blue=float(colour[2] / colour.sum()),
-        dark=float((luma < DARK).mean()),
+        dark=float((grey < DARK).mean()),
         white=float((lowest > WHITE).mean()),
     )
 
