@@ -361,7 +361,8 @@ class MicroBatcher:
         with self._around([item.context for item in batch]) as shared:
             outputs = await self._on_device(compute)
         ended = time.monotonic()
-        self._seconds_per_image = 0.9 * self._seconds_per_image + 0.1 * (ended - taken) / len(batch)
+        at_once = max(1, len(self._forwards))
+        self._seconds_per_image = 0.9 * self._seconds_per_image + 0.1 * (ended - taken) / len(batch) / at_once
         features = outputs.features if outputs.features is not None else [None] * len(batch)
         return [
             Result(

@@ -105,7 +105,7 @@ def current(settings: Settings) -> tuple[str, object]:
 
 def batch_size(settings: Settings, engine: Engine) -> int:
     """Images per forward pass at most."""
-    return settings.max_batch or (8 if engine.device == "cpu" else 32)
+    return settings.max_batch or (4 if engine.device == "cpu" else 32)
 
 
 def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda _: None) -> FastAPI:

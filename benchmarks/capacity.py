@@ -108,7 +108,7 @@ def under(server: Server, per_s: float) -> Outcome:
     came = list(islice(arrivals(per_s, math.inf, source), ARRIVALS))
     last = server.max_batch
 
-    def service_s(batch: int) -> float:
+    def service_s(batch: int, _: int) -> float:
         nonlocal last
         switch_s, last = (0 if batch == last else server.switch_s), batch
         return server.service_s(batch) + switch_s

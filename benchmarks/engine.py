@@ -11,11 +11,13 @@ to 100% is what is left to gain.
 import argparse
 import io
 import json
+import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -223,9 +225,18 @@ def main() -> None:
         precision: Any = os.environ.get("DERMLENS_PRECISION", "auto")
         engine = build_engine("auto", version, precision=precision)
         images = np.zeros((max(BATCHES), 3, 224, 224), dtype=np.uint8)
-        rates = {b: b / seconds_of(partial(engine.run, images[:b]), budget=options.loop / 4) for b in (4, 8, 16, 32)}
-        best = max(rates, key=lambda batch: rates[batch])
-        print(json.dumps({"batch": best, "per_s": rates[best], "precision": engine.precision}))
+        kinds = [(batch, at_once) for batch in (2, 4, 8, 16) for at_once in range(1, engine.in_flight + 1)]
+        with ThreadPoolExecutor(engine.in_flight) as threads:
+
+            def run(batch: int, at_once: int) -> None:
+                list(threads.map(engine.run, at_once * [images[:batch]]))
+
+            rates = {
+                kind: math.prod(kind) / seconds_of(partial(run, *kind), budget=options.loop / len(kinds))
+                for kind in kinds
+            }
+        batch, at_once = best = max(rates, key=lambda kind: rates[kind])
+        print(json.dumps({"batch": batch, "at_once": at_once, "per_s": rates[best], "precision": engine.precision}))
         return
     rows = table(version, budget=options.seconds)
     if not (DATA / "full_size").is_dir():

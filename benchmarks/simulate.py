@@ -3,9 +3,9 @@
 setsid --wait .venv/bin/python benchmarks/simulate.py    # measures, simulates the same arrivals, writes results/
 
 The model: requests arrive, are let in or refused as `MicroBatcher.admit` does (docs/decisions/008-admission.md), wait,
-and leave in batches formed whenever the device is free. A batch takes as long as a forward pass of its size did in a
-measurement, and `beside_s` for each of its images: decoding, HTTP and the client, which share the cores. That one
-number is fitted, at saturation; everything at other loads follows from it.
+and leave in batches formed whenever the device takes one. A batch takes as long as a forward pass of its size did in a
+measurement, alone or beside another, and `beside_s` of the cores for each of its images: decoding, HTTP and the client.
+That one number is fitted, at saturation; everything at other loads follows from it.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +33,9 @@ from app.engines.base import Engine, build_engine
 from app.model import store
 
 SHARES = (0.3, 0.5, 0.7, 0.9, 1.3, 2.0)  # of saturation
-MAX_BATCH, MAX_QUEUE = 8, 64  # a short queue, so that a short run fills it
+MAX_BATCH, MAX_QUEUE = 4, 64  # a short queue, so that a short run fills it
 OK, BUSY, LATE = 200, 503, 504
+Times = dict[tuple[int, int], list[float]]  # seconds of forward passes by (batch size, batches beside it)
 
 
 class Answer(NamedTuple):
@@ -52,35 +55,46 @@ class Outcome(NamedTuple):
     late: float
 
 
+@dataclass
+class Batch:
+    """On the device; times in seconds."""
+
+    came: list[float]
+    started: float
+    ends: float
+
+
 def simulate(
     arrived: Iterable[float],
-    service_s: Callable[[int], float],
+    service_s: Callable[[int, int], float],
     *,
     max_batch: int,
+    in_flight: int = 1,
     max_queue: int = 256,
     max_wait_s: float = 0,
     timeout_s: float = 30,
 ) -> list[Answer]:
-    """The answer to each arrival, by a server with one device and one batch on it at a time.
+    """The answer to each arrival, by a server with one device.
 
     Args:
         arrived: seconds, rising.
-        service_s: seconds that a batch of this size takes.
+        service_s: seconds that a batch of this size takes which begins beside so many others.
+        in_flight: batches on the device at once.
     """
     answers: list[Answer] = []
     waiting: deque[float] = deque()
-    running: list[float] = []
-    started, ends = 0.0, 0.0  # of the batch that runs, or ran last
+    running: list[Batch] = []
+    free = 0.0  # since when there is room on the device, if there is
     pace_s = 0.1  # as the batcher's first guess
 
-    def finish() -> None:
-        nonlocal pace_s
-        for at in running:
-            seconds = ends - at
+    def finish(batch: Batch) -> None:
+        nonlocal pace_s, free
+        for at in batch.came:
+            seconds = batch.ends - at
             answers.append(Answer(at, OK, seconds) if seconds < timeout_s else Answer(at, LATE, timeout_s))
-        if running:
-            pace_s = 0.9 * pace_s + 0.1 * (ends - started) / len(running)
-        running.clear()
+        pace_s = 0.9 * pace_s + 0.1 * (batch.ends - batch.started) / len(batch.came) / len(running)
+        running.remove(batch)
+        free = batch.ends
 
     def give_up(now: float) -> None:
         while waiting and waiting[0] + timeout_s <= now:
@@ -88,30 +102,32 @@ def simulate(
 
     def advance(now: float) -> None:
         """Run every batch that begins before `now`."""
-        nonlocal started, ends
         while True:
-            if running and ends <= now:
-                finish()
-            if running or not waiting:
+            first = min(running, key=lambda batch: batch.ends, default=None)
+            begin = math.inf
+            if waiting and len(running) < in_flight:
+                since = max(free, waiting[0])
+                give_up(since)
+                if not waiting:
+                    continue
+                short = sum(at <= since for at in waiting) < max_batch
+                begin = max(since, waiting[0]) + (max_wait_s if short else 0)
+            if first and first.ends <= min(begin, now):
+                finish(first)
+            elif begin <= now and begin < math.inf:
+                give_up(begin)
+                came: list[float] = []
+                while waiting and len(came) < max_batch and waiting[0] <= begin:
+                    came.append(waiting.popleft())
+                running.append(Batch(came, begin, begin + service_s(len(came), len(running))))
+            else:
                 return
-            free = max(ends, waiting[0])
-            give_up(free)
-            if not waiting:
-                continue
-            short = sum(at <= free for at in waiting) < max_batch
-            begin = max(free, waiting[0]) + (max_wait_s if short else 0)
-            if begin > now:
-                return
-            give_up(begin)
-            while waiting and len(running) < max_batch and waiting[0] <= begin:
-                running.append(waiting.popleft())
-            started, ends = begin, begin + service_s(len(running))
 
     for now in arrived:
         advance(now)
         give_up(now)
-        before = len(waiting) + sum(at + timeout_s > now for at in running)
-        hopeless = before > 2 * max_batch and before * pace_s > HOPE * timeout_s
+        before = len(waiting) + sum(at + timeout_s > now for batch in running for at in batch.came)
+        hopeless = before > 2 * in_flight * max_batch and before * pace_s > HOPE * timeout_s
         if before >= max_queue or hopeless:
             answers.append(Answer(now, BUSY, 0))
         else:
@@ -148,28 +164,36 @@ def measured(load: Load, *, seconds: float) -> Outcome:
     )
 
 
-def times_of(engine: Engine, *, repeats: int, seed: int) -> dict[int, list[float]]:
-    """Seconds of forward passes by batch size, the sizes in random order: changing it takes OpenVINO milliseconds."""
+def times_of(engine: Engine, *, repeats: int, seed: int) -> Times:
+    """Seconds of forward passes, the sizes in random order: changing it takes OpenVINO milliseconds."""
     images = np.random.default_rng(0).integers(0, 256, (MAX_BATCH, 3, 224, 224), dtype=np.uint8)
-    sizes = repeats * list(range(1, MAX_BATCH + 1))
-    random.Random(seed).shuffle(sizes)  # noqa: S311 - an order, not a secret
-    found: dict[int, list[float]] = {size: [] for size in sorted(sizes)}
-    for size in sizes:
+
+    def seconds_of(size: int) -> float:
         started = time.perf_counter()
         engine.run(images[:size])
-        found[size].append(time.perf_counter() - started)
+        return time.perf_counter() - started
+
+    kinds = [(size, others) for size in range(1, MAX_BATCH + 1) for others in range(engine.in_flight)]
+    found: Times = {kind: [] for kind in kinds}
+    order = repeats * kinds
+    random.Random(seed).shuffle(order)  # noqa: S311 - an order, not a secret
+    with ThreadPoolExecutor(engine.in_flight) as threads:
+        for size, others in order:
+            found[size, others] += threads.map(seconds_of, (1 + others) * [size])
     return found
 
 
-def fitted(times: dict[int, list[float]], saturation_per_s: float) -> float:
-    """Seconds beside the forward pass for each image, which make full batches come out at the saturation measured."""
-    return max(0.0, 1 / saturation_per_s - statistics.mean(times[MAX_BATCH]) / MAX_BATCH)
+def fitted(times: Times, saturation_per_s: float) -> float:
+    """Seconds of the cores beside the forward pass for each image, which make full batches come out at the saturation
+    measured."""
+    batch, others = max(times)
+    return max(0.0, 1 / saturation_per_s - statistics.mean(times[batch, others]) / batch / (1 + others))
 
 
-def model_of(times: dict[int, list[float]], beside_s: float, *, seed: int) -> Callable[[int], float]:
+def model_of(times: Times, beside_s: float, *, seed: int) -> Callable[[int, int], float]:
     """Service times drawn from those measured, so that their spread, the machine's noise, is in the simulation too."""
     source = random.Random(seed)  # noqa: S311 - a simulation, not a secret
-    return lambda batch: source.choice(times[batch]) + batch * beside_s
+    return lambda batch, others: source.choice(times[batch, others]) + batch * (1 + others) * beside_s
 
 
 def one_round(target: Target, engine: Engine, *, seconds: float, seed: int) -> dict[str, Any]:
@@ -181,8 +205,8 @@ def one_round(target: Target, engine: Engine, *, seconds: float, seed: int) -> d
         rate = share * saturations[0]
         load = asyncio.run(open_loop(target, rate=rate, seconds=seconds, seed=seed))
         loads.append((rate, measured(load, seconds=seconds), list(os.getloadavg())))
-        for batch, more in times_of(engine, repeats=4, seed=seed).items():
-            times[batch] += more
+        for kind, more in times_of(engine, repeats=4, seed=seed).items():
+            times[kind] += more
         print(f"{share:4.1f} of saturation: {loads[-1][1]}", flush=True)
     saturations.append(saturation(target, seconds))
     beside_s = fitted(times, statistics.mean(saturations))
@@ -190,12 +214,16 @@ def one_round(target: Target, engine: Engine, *, seconds: float, seed: int) -> d
     for (rate, real, busy), share in zip(loads, SHARES, strict=True):
         same = arrivals(rate, seconds, random.Random(seed))  # noqa: S311 - as `open_loop` made them
         service_s = model_of(times, beside_s, seed=seed)
-        answers = simulate(same, service_s, max_batch=MAX_BATCH, max_queue=MAX_QUEUE, timeout_s=DEADLINE_MS / 1000)
+        limits: Any = {"max_batch": MAX_BATCH, "max_queue": MAX_QUEUE, "timeout_s": DEADLINE_MS / 1000}
+        answers = simulate(same, service_s, in_flight=engine.in_flight, **limits)
         simulated = outcome(answers, seconds=seconds)
         rows.append(
             {"share": share, "measured": real._asdict(), "simulated": simulated._asdict(), "load_average": busy}
         )
-    spread = {batch: [1000 * q for q in np.percentile(values, (5, 50, 95))] for batch, values in times.items()}
+    spread = {
+        f"{batch}, {others} beside it": [1000 * q for q in np.percentile(values, (5, 50, 95))]
+        for (batch, others), values in times.items()
+    }
     return {
         "saturations_per_s": saturations,
         "beside_ms": 1000 * beside_s,

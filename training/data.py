@@ -67,37 +67,37 @@ def load_dataset(spec: Data, *, seed: int, progress: bool = True) -> Dataset:
         files += [("extra", *file) for file in _files(spec.extra, spec.classes)]
     for folder in spec.without:
         files += [("without", *file) for file in _seen(folder)]
-    names, decoded, lit, digests = [], [], [], []
+    names, whole, lit, digests = [], [], [], []
     for source, name, _, content in tqdm(files, desc="decode", unit="img", disable=None if progress else True):
         data = content.read_bytes() if isinstance(content, Path) else content
         try:
             pixels = decode(data).pixels
-            decoded.append(torch.from_numpy(pixels))
-            framed = spec.crop_frame and lit_part(pixels)
-            lit.append(torch.from_numpy(decode(data, crop_frame=True).pixels) if framed else decoded[-1])
+            whole.append(torch.from_numpy(pixels))
+            lit.append(torch.from_numpy(decode(data, crop_frame=True).pixels) if lit_part(pixels) else whole[-1])
         except ImageError as error:
             raise ValueError(f"{name}: {error}") from None
         names.append(f"{spec.extra}/{name}" if source == "extra" else name)
         digests.append(hashlib.sha256(data).hexdigest())
-    images, labels = torch.stack(decoded), np.array([label for _, _, label, _ in files])
+    labels = np.array([label for _, _, label, _ in files])
     source = np.array([f[0] for f in files])
     kept = source != "without"
     if spec.extra or spec.without:
-        groups = near_duplicates(images)
+        groups = near_duplicates(torch.stack(lit))
         kept &= ~np.isin(groups, groups[source == "without"])
         kept &= (source == "root") | ~np.isin(groups, groups[source == "root"])
     folds = np.full(len(files), -1)
-    for part in ("root", "extra"):
+    # Each folder has folds of its own, so that those of `root` are the same with and without extra. Those of extra are
+    # grouped without dark frames, in which all images look alike (decision 019); those of root are not, because
+    # published starts have held them out as they are.
+    for part, compared in (("root", whole), ("extra", lit)):
         members = np.flatnonzero(kept & (source == part))
-        if len(
-            members
-        ):  # each folder has folds of its own, so that those of `root` are the same with and without extra
-            own = near_duplicates(images[members])
+        if len(members):
+            own = near_duplicates(torch.stack([compared[i] for i in members]))
             folds[members] = assign_folds(own, labels[members], folds=spec.folds, seed=seed)
     lines = [f"{names[i]} {digests[i]} {folds[i]}" for i in np.flatnonzero(kept)]
     root_lines = [line for line, part in zip(lines, source[kept], strict=True) if part == "root"]
     return Dataset(
-        images=torch.stack(lit)[kept],
+        images=torch.stack(lit if spec.crop_frame else whole)[kept],
         labels=torch.from_numpy(labels[kept]),
         names=[names[i] for i in np.flatnonzero(kept)],
         folds=folds[kept],

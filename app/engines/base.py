@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -183,11 +184,14 @@ def own_precision(engine: Literal["cuda", "torch"], *, wanted: str) -> str:
 
 
 def warm_up(engine: Engine, *, size: int, max_batch: int) -> None:
-    """Run every batch size once, so that no request pays for lazy initialisation.
+    """Run every batch size, as many at once as there may be, so that no request pays for lazy initialisation.
 
     Raises:
         ValueError: the network gives no finite answer.
     """
-    for batch in range(1, max_batch + 1):
-        if not np.isfinite(engine.run(np.zeros((batch, 3, size, size), dtype=np.uint8)).logits).all():
-            raise ValueError("the network gives no finite answer: its weights are damaged")
+    with ThreadPoolExecutor(engine.in_flight) as threads:
+        for batch in range(1, max_batch + 1):
+            images = np.zeros((batch, 3, size, size), dtype=np.uint8)
+            for output in threads.map(engine.run, engine.in_flight * [images]):
+                if not np.isfinite(output.logits).all():
+                    raise ValueError("the network gives no finite answer: its weights are damaged")

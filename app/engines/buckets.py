@@ -47,6 +47,10 @@ class Slots(Generic[T]):
         for item in items:
             self._free.put(item)
 
+    @property
+    def free(self) -> int:
+        return self._free.qsize()
+
     @contextmanager
     def take(self) -> Iterator[T]:
         item = self._free.get()

@@ -8,6 +8,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from app.engines.base import Engine, EngineUnavailable, MethodUnavailable, Output, Precision
+from app.engines.buckets import Slots
 from app.model.openvino_graph import build_graph
 from app.model.overlay import Method
 from app.model.store import LoadedVersion
@@ -16,12 +17,18 @@ from app.model.store import LoadedVersion
 HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 
 
+IN_FLIGHT = 2  # batches, where there are threads for each
+
+
 class OpenVinoEngine:
-    """One version on the CPU; one batch at a time takes all its threads."""
+    """One version on the CPU. A batch that comes alone takes all its threads; batches beside one another share them.
+
+    Threads of one batch wait for one another at every layer, so that whatever else runs on one core, decoding for
+    instance, stops them all; two batches do not wait for each other (docs/decisions/020-two-batches.md).
+    """
 
     name = "openvino"
     device = "cpu"
-    in_flight = 1
 
     def __init__(
         self, version: LoadedVersion, *, precision: Literal["auto"] | Precision = "auto", threads: int = 0
@@ -30,11 +37,10 @@ class OpenVinoEngine:
         self.precision = choose_precision(precision, version, bfloat16=computes_bfloat16())
         self._version = version
         self._threads = threads
-        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[self.precision]}
+        # Pinned, the threads of each compiled model, and of the next server on the machine, would hold the same cores
+        options = {"INFERENCE_PRECISION_HINT": HINTS[self.precision], "ENABLE_CPU_PINNING": "NO"}
         if threads:
             options["INFERENCE_NUM_THREADS"] = str(threads)
-            # It would pin them to the first cores, and so would the next server on the machine
-            options["ENABLE_CPU_PINNING"] = "NO"
         if self.precision == "int8" and version.int8:
             graph = core.read_model(*version.int8)
         else:
@@ -42,12 +48,22 @@ class OpenVinoEngine:
         self._outputs = Output._fields[: len(graph.outputs)]  # int8 graphs were once stored without the features
         if version.familiar and "features" not in self._outputs:
             raise ValueError(f"{graph.get_friendly_name()} in int8 gives no features: run training.quantize again")
-        self._request = core.compile_model(graph, "CPU", options).create_infer_request()
+        whole = core.compile_model(graph, "CPU", options | {"PERFORMANCE_HINT": "LATENCY"})
+        self._alone = whole.create_infer_request()
+        self.in_flight = min(IN_FLIGHT, whole.get_property("INFERENCE_NUM_THREADS"))
+        if self.in_flight == 1:
+            self._requests = Slots([self._alone])
+        else:
+            shared = core.compile_model(graph, "CPU", options | {"NUM_STREAMS": str(self.in_flight)})
+            self._requests = Slots(shared.create_infer_request() for _ in range(self.in_flight))
 
     def run(self, images: NDArray[np.uint8]) -> Output:
         """uint8[B,3,S,S] -> `Output`, the map float32[B,K,S/16,S/16]."""
-        self._request.infer([images], share_inputs=True)
-        return Output(*(self._request.get_tensor(name).data.copy() for name in self._outputs))
+        with self._requests.take() as shared:
+            # Nobody else sees every other request free until this one is given back
+            request = self._alone if self._requests.free == self.in_flight - 1 else shared
+            request.infer([images], share_inputs=True)
+            return Output(*(request.get_tensor(name).data.copy() for name in self._outputs))
 
     def attribute(self, image: NDArray[np.uint8], method: Method, *, target: int) -> NDArray[np.float32]:
         """As `TorchEngine.attribute`, whose network the first call builds."""

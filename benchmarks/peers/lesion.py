@@ -6,7 +6,6 @@ PEER_ENGINE=openvino   our preprocessing and our OpenVINO engine, so that only t
 
 import io
 import os
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,11 +54,10 @@ def _openvino(version: Any) -> tuple[Decode, Run]:
     from app.model.preprocess import decode
 
     precision: Any = os.environ.get("DERMLENS_PRECISION", "auto")
-    engine, one_at_a_time = build_engine("openvino", version, precision=precision), threading.Lock()
+    engine = build_engine("openvino", version, precision=precision)
 
     def run(items: Sequence[Any]) -> list[float]:
-        with one_at_a_time:
-            logits = engine.run(np.stack(items)).logits
+        logits = engine.run(np.stack(items)).logits
         found: list[float] = calibrate(logits, version.manifest.temperature)[:, 1].tolist()
         return found
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from load import arrivals
 from numpy.typing import NDArray
-from simulate import BUSY, LATE, OK, Answer, fitted, outcome, simulate
+from simulate import BUSY, LATE, OK, Answer, fitted, model_of, outcome, simulate
 
 from app.batcher import DeadlineExceeded, MicroBatcher, QueueFull
 from app.engines.base import Output
@@ -27,14 +27,14 @@ def test_one_image_a_batch_waits_as_an_m_d_1_queue_does(load: float) -> None:
     """Pollaczek–Khinchine: mean wait ρ·D / 2(1−ρ)."""
     service_s = 0.01
     answers = simulate(
-        poisson(load / service_s, 600), lambda _: service_s, max_batch=1, max_queue=10**9, timeout_s=math.inf
+        poisson(load / service_s, 600), lambda *_: service_s, max_batch=1, max_queue=10**9, timeout_s=math.inf
     )
     waited = np.mean([a.seconds - service_s for a in answers])
     assert waited == pytest.approx(load * service_s / (2 * (1 - load)), rel=0.05)
 
 
 def test_a_batch_takes_in_what_came_while_the_device_was_busy() -> None:
-    answers = simulate([0, 0.1, 0.2, 0.9, 5], lambda batch: 1 + 0.5 * batch, max_batch=2)
+    answers = simulate([0, 0.1, 0.2, 0.9, 5], lambda batch, _: 1 + 0.5 * batch, max_batch=2)
     assert [(a.arrived, a.seconds) for a in answers] == [
         (0, 1.5),
         (0.1, pytest.approx(3.4)),
@@ -45,7 +45,7 @@ def test_a_batch_takes_in_what_came_while_the_device_was_busy() -> None:
 
 
 def test_saturation_is_that_of_full_batches() -> None:
-    found = outcome(simulate(poisson(5000, 4), lambda b: 0.01 + 0.001 * b, max_batch=8), seconds=4)
+    found = outcome(simulate(poisson(5000, 4), lambda b, _: 0.01 + 0.001 * b, max_batch=8), seconds=4)
     assert found.per_s == pytest.approx(8 / 0.018, rel=0.02)
     assert found.refused > 0.8
     assert found.late == 0
@@ -75,17 +75,18 @@ class Clock(asyncio.SelectorEventLoop):
 
 
 def served_by_the_batcher(
-    arrived: list[float], service_s: Callable[[int], float], monkeypatch: pytest.MonkeyPatch, **options: Any
+    arrived: list[float], service_s: Callable[[int, int], float], monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> list[Answer]:
     timeout_s = options.pop("timeout_s")
+    batcher: MicroBatcher
     clock = Clock()
     monkeypatch.setattr("app.batcher.time", SimpleNamespace(monotonic=clock.time))
 
     def engine(images: NDArray[np.uint8]) -> Output:
-        clock.work_s = service_s(len(images))
+        clock.work_s = service_s(len(images), len(batcher._forwards) - 1)
         return Output(np.zeros((len(images), 2), np.float32), np.zeros((len(images), 2, 1, 1), np.float32))
 
-    async def request(batcher: MicroBatcher, at: float) -> Answer:
+    async def request(at: float) -> Answer:
         await asyncio.sleep(at - clock.time())
         try:
             with batcher.admit(timeout_s=timeout_s):
@@ -97,9 +98,10 @@ def served_by_the_batcher(
         return Answer(at, OK, clock.time() - at)
 
     async def all_of_them() -> list[Answer]:
+        nonlocal batcher
         batcher = MicroBatcher(engine, **options)
         batcher.start()
-        answers = await asyncio.gather(*(request(batcher, at) for at in arrived))
+        answers = await asyncio.gather(*(request(at) for at in arrived))
         await batcher.stop()
         return answers
 
@@ -116,16 +118,19 @@ def served_by_the_batcher(
         (1.5, {"max_queue": 1000, "timeout_s": 1}, {OK, BUSY}),  # no hope
         (0.9, {"timeout_s": 0.1}, {OK, BUSY, LATE}),
         (0.5, {"max_wait_s": 0.02}, {OK}),
+        (0.5, {"in_flight": 2}, {OK}),
+        (1.5, {"in_flight": 2}, {OK, BUSY}),
+        (1.5, {"in_flight": 2, "timeout_s": 0.1}, {OK, BUSY, LATE}),
     ],
 )
 def test_every_answer_is_the_batchers(
     monkeypatch: pytest.MonkeyPatch, load: float, changes: dict[str, float], seen: set[int]
 ) -> None:
-    def service_s(batch: int) -> float:
-        return 0.02 + 0.01 * batch
+    def service_s(batch: int, others: int) -> float:
+        return (0.02 + 0.01 * batch) * (1 + 0.9 * others)
 
     limits: dict[str, Any] = {"max_batch": 4, "max_queue": 30, "max_wait_s": 0.0, "timeout_s": 30.0} | changes
-    arrived = poisson(load * 4 / service_s(4), 10)
+    arrived = poisson(load * 4 / service_s(4, 0), 10)
     simulated = sorted(simulate(arrived, service_s, **limits))
     limits["max_wait_ms"] = 1000 * limits.pop("max_wait_s")
     real = served_by_the_batcher(arrived, service_s, monkeypatch, **limits)
@@ -135,10 +140,11 @@ def test_every_answer_is_the_batchers(
 
 
 def test_what_is_fitted_makes_full_batches_come_out_at_saturation() -> None:
-    times = {batch: [0.01 * batch] for batch in range(1, 9)}
+    times = {(batch, others): [0.01 * batch * (1 + others)] for batch in range(1, 9) for others in (0, 1)}
     beside_s = fitted(times, 50)
     assert beside_s == pytest.approx(0.01)
-    found = outcome(simulate(poisson(500, 20), lambda b: times[b][0] + b * beside_s, max_batch=8), seconds=20)
+    service_s = model_of(times, beside_s, seed=0)
+    found = outcome(simulate(poisson(500, 20), service_s, max_batch=8, in_flight=2), seconds=20)
     assert found.per_s == pytest.approx(50, rel=0.02)
 
 

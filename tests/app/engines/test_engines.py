@@ -1,9 +1,11 @@
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from app.engines import base
 from app.engines.base import EngineUnavailable, build_engine, warm_up
 from app.engines.torch_engine import AT_ONCE, TorchEngine
 from app.model import store
@@ -64,19 +66,21 @@ def test_torch_has_one_precision(loaded: LoadedVersion) -> None:
         build_engine("torch", loaded, precision="bfloat16")
 
 
-def test_warm_up_runs_every_batch_size(loaded: LoadedVersion) -> None:
-    engine, sizes = build_engine("torch", loaded), []
-    run = engine.run
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_warm_up_runs_every_batch_size_as_often_at_once_as_there_may_be(in_flight: int) -> None:
+    shapes, together = [], threading.Barrier(in_flight)
 
     class Watched:
-        name, device = engine.name, engine.device
+        def __init__(self) -> None:
+            self.in_flight = in_flight
 
-        def run(self, images: np.ndarray) -> object:
-            sizes.append(images.shape)
-            return run(images)
+        def run(self, images: np.ndarray) -> Output:
+            together.wait(timeout=10)
+            shapes.append(images.shape)
+            return base.Output(np.zeros((len(images), 2), np.float32), np.zeros((len(images), 2, 1, 1), np.float32))
 
     warm_up(Watched(), size=224, max_batch=3)  # type: ignore[arg-type]  # a stand-in that only watches
-    assert sizes == [(batch, 3, 224, 224) for batch in (1, 2, 3)]
+    assert shapes == [(batch, 3, 224, 224) for batch in (1, 2, 3) for _ in range(in_flight)]
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,15 @@
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from app.engines.base import EngineUnavailable, build_engine
+from app.engines.buckets import Slots
 from app.engines.openvino_engine import OpenVinoEngine, choose_precision, computes_bfloat16
 from app.model import store
 from app.model.store import Int8Graph, LoadedVersion
@@ -54,10 +58,52 @@ def test_an_answer_is_its_own_and_outlives_the_next_batch(engine: OpenVinoEngine
     assert np.array_equal(first.logits, kept)
 
 
-def test_an_engine_that_shares_the_machine_keeps_to_no_core(loaded: LoadedVersion) -> None:
-    compiled = OpenVinoEngine(loaded, precision="float32", threads=1)._request.get_compiled_model()
-    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
-    assert compiled.get_property("ENABLE_CPU_PINNING") is False
+@pytest.mark.parametrize("threads", [1, 2])
+def test_two_batches_share_the_threads_that_there_are(loaded: LoadedVersion, threads: int) -> None:
+    if threads > len(os.sched_getaffinity(0)):
+        pytest.skip("one core")
+    engine = OpenVinoEngine(loaded, precision="float32", threads=threads)
+    assert engine.in_flight == threads
+    with engine._requests.take() as request:
+        compiled = request.get_compiled_model(), engine._alone.get_compiled_model()
+    assert [model.get_property("INFERENCE_NUM_THREADS") for model in compiled] == [threads, threads]
+    assert [model.get_property("NUM_STREAMS") for model in compiled] == [threads, 1]
+    assert [model.get_property("ENABLE_CPU_PINNING") for model in compiled] == [False, False]  # others have cores too
+
+
+def test_batches_beside_one_another_get_what_they_would_alone(loaded: LoadedVersion) -> None:
+    engine = OpenVinoEngine(loaded, precision="float32", threads=2)
+    batches = [images(4)[:size] for size in (1, 2, 3, 4)] * 3
+    alone = [engine.run(batch).logits for batch in batches[:4]] * 3
+    with ThreadPoolExecutor(3) as pool:  # one more than there is room for, which waits
+        together = [output.logits for output in pool.map(engine.run, batches)]
+    for ours, theirs in zip(together, alone, strict=True):
+        assert np.allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_batch_takes_all_threads_where_it_is_alone(loaded: LoadedVersion) -> None:
+    engine = OpenVinoEngine(loaded, precision="float32", threads=2)
+    taken: list[str] = []
+
+    class Watched:
+        def __init__(self, name: str, request: Any) -> None:
+            self._name, self._request = name, request
+
+        def infer(self, *args: Any, **options: Any) -> None:
+            taken.append(self._name)
+            self._request.infer(*args, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._request, name)
+
+    with engine._requests.take() as one, engine._requests.take() as other:
+        watched = [Watched("shared", one), Watched("shared", other)]
+    engine._requests, engine._alone = Slots(watched), Watched("alone", engine._alone)  # type: ignore[assignment, arg-type]
+    engine.run(images(1))
+    with engine._requests.take():  # as another batch does
+        engine.run(images(1))
+    engine.run(images(2))
+    assert taken == ["alone", "shared", "alone"]
 
 
 def test_other_methods_are_torchs(loaded: LoadedVersion, engine: OpenVinoEngine) -> None:
