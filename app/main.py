@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from functools import partial
@@ -104,8 +105,10 @@ def current(settings: Settings) -> tuple[str, object]:
 
 
 def batch_size(settings: Settings, engine: Engine) -> int:
-    """Images per forward pass at most."""
-    return settings.max_batch or (4 if engine.device == "cpu" else 32)
+    """Images per forward pass at most; on a CPU one for each thread, beyond which one more is hardly cheaper."""
+    if settings.max_batch:
+        return settings.max_batch
+    return min(8, max(2, settings.cpu_threads or os.cpu_count() or 1)) if engine.device == "cpu" else 32
 
 
 def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda _: None) -> FastAPI:

@@ -1,16 +1,16 @@
 """The version being served, and its replacement by another one without losing a request."""
 
 import asyncio
-import ctypes
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from anyio import to_thread
 
 from app.batcher import MicroBatcher
 from app.engines.base import Engine
+from app.memory import give_back
 from app.model.manifest import Manifest
 from app.model.metadata import Fusion
 from app.model.out_of_distribution import Familiar
@@ -139,10 +139,4 @@ async def _retire(old: Running) -> None:
         await old.unused.wait()
     await old.batcher.stop()
     del old  # frees it
-    await to_thread.run_sync(_give_back)
-
-
-def _give_back() -> None:
-    """Give freed memory to the system, which glibc keeps where a later allocation lies behind it."""
-    with suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+    await to_thread.run_sync(give_back)

@@ -74,7 +74,9 @@ class Settings(BaseSettings):
         1_500_000_000, ge=300_000_000, description="Address space of a decode process, bytes."
     )
     decode_threads: int = Field(4, ge=1, description="Images decoded or drawn at once.")
-    max_batch: int = Field(0, ge=0, description="Images per forward pass; 0 for 32 on CUDA and 4 on the CPU.")
+    max_batch: int = Field(
+        0, ge=0, description="Images per forward pass; 0 for 32 on CUDA and one a CPU thread, 2 to 8."
+    )
     max_wait_ms: float = Field(0, ge=0, description="How long an idle device waits for a fuller batch, milliseconds.")
     max_queue: int = Field(256, ge=1, description="Images accepted and not yet answered; beyond it the answer is 503.")
     timeout_ms: int = Field(30_000, ge=1, description="Time from upload to result before 504, milliseconds.")

@@ -33,7 +33,7 @@ from app.engines.base import Engine, build_engine
 from app.model import store
 
 SHARES = (0.3, 0.5, 0.7, 0.9, 1.3, 2.0)  # of saturation
-MAX_BATCH, MAX_QUEUE = 4, 64  # a short queue, so that a short run fills it
+MAX_BATCH, MAX_QUEUE = 2, 64  # a short queue, so that a short run fills it
 OK, BUSY, LATE = 200, 503, 504
 Times = dict[tuple[int, int], list[float]]  # seconds of forward passes by (batch size, batches beside it)
 

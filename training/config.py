@@ -26,6 +26,9 @@ class Data(Section):
     extra_share: float = Field(1, gt=0, le=1)  # of the second folder's training images, drawn anew for each epoch
     without: list[str] = []  # folders that the start has seen: what has a twin in one of them is left out
     crop_frame: bool = False  # crop dark frames away, in training and in serving
+    # Folders whose near-duplicates are found without dark frames, in which all images look alike (decision 019); the
+    # others keep the folds that earlier runs held out
+    lit_folds: list[Literal["root", "extra"]] = []
     folds: int = Field(5, ge=2)
     held_out_fold: int = Field(0, ge=-1)  # -1 holds nothing out: the last run, after the folds have told how good it is
 
@@ -54,7 +57,6 @@ class Optimisation(Section):
     weight_decay: float = Field(ge=0)
     warmup_steps: int = Field(ge=0)  # at the start of every phase
     label_smoothing: Fraction
-    anchor: Fraction = 0.0  # of the start's answer in the targets of `data.root`'s images (arXiv 1606.09282)
     ema_decay: Fraction
     batch_norm: Literal["frozen", "train"]
     patience: int = Field(ge=1)  # epochs without a better held-out log-loss before stopping
@@ -114,7 +116,8 @@ class Config(Section):
         classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         if not 2 <= len(classes) <= MAX_CLASSES:
             raise ValueError(f"{folder} has {len(classes)} sub-folders: one for each of 2 to {MAX_CLASSES} classes")
-        data = self.data.model_dump() | {"root": str(folder.resolve()), "classes": classes, "extra": None}
+        changes = {"root": str(folder.resolve()), "classes": classes, "extra": None, "lit_folds": ["root"]}
+        data = self.data.model_dump() | changes
         return Config.model_validate(self.model_dump() | {"data": data, "name": folder.resolve().name})
 
     def with_fold(self, fold: int) -> "Config":

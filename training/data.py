@@ -86,12 +86,11 @@ def load_dataset(spec: Data, *, seed: int, progress: bool = True) -> Dataset:
         kept &= ~np.isin(groups, groups[source == "without"])
         kept &= (source == "root") | ~np.isin(groups, groups[source == "root"])
     folds = np.full(len(files), -1)
-    # Each folder has folds of its own, so that those of `root` are the same with and without extra. Those of extra are
-    # grouped without dark frames, in which all images look alike (decision 019); those of root are not, because
-    # published starts have held them out as they are.
-    for part, compared in (("root", whole), ("extra", lit)):
+    # Each folder has folds of its own, so that those of `root` are the same with and without extra
+    for part in ("root", "extra"):
         members = np.flatnonzero(kept & (source == part))
         if len(members):
+            compared = lit if part in spec.lit_folds else whole
             own = near_duplicates(torch.stack([compared[i] for i in members]))
             folds[members] = assign_folds(own, labels[members], folds=spec.folds, seed=seed)
     lines = [f"{names[i]} {digests[i]} {folds[i]}" for i in np.flatnonzero(kept)]

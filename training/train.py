@@ -6,7 +6,6 @@ python -m training.train --config training/configs/transfer.toml --data FOLDER -
 """
 
 import argparse
-import copy
 import math
 import sys
 import time
@@ -52,7 +51,6 @@ def train(config: Config, run_dir: Path, world: World, *, until_epoch: int | Non
     statistics = dataset.images[training[:: max(1, len(training) // RESTORE_IMAGES)]]
     model = build(config.model, classes=len(config.data.classes), seed=config.seed, images=statistics)
     model = model.to(world.device).to(memory_format=torch.channels_last)
-    anchor = copy.deepcopy(model).eval() if config.optimisation.anchor else None
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.optimisation.ema_decay))
     optimizer = torch.optim.AdamW(parameter_groups(model, config.optimisation))
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -69,9 +67,7 @@ def train(config: Config, run_dir: Path, world: World, *, until_epoch: int | Non
             break
         started = time.perf_counter()
         phase, epoch_in_phase = config.phase_of(epoch)
-        loss = train_epoch(
-            config, epoch, dataset, training, model=model, anchor=anchor, ema=ema, optimizer=optimizer, world=world
-        )
+        loss = train_epoch(config, epoch, dataset, training, model=model, ema=ema, optimizer=optimizer, world=world)
         row = {"epoch": epoch + 1, "size": phase.size, "train_loss": loss}
         measured = phase.evaluate == "every" or epoch_in_phase + 1 == phase.epochs
         for name, members in (("held_out", split.held_out), ("held_out_extra", split.held_out_extra)):
@@ -97,7 +93,6 @@ def train_epoch(
     training: np.ndarray[Any, np.dtype[np.int64]],
     *,
     model: LesionNet,
-    anchor: LesionNet | None = None,
     ema: AveragedModel,
     optimizer: torch.optim.Optimizer,
     world: World,
@@ -125,9 +120,6 @@ def train_epoch(
         if config.augmentation.mixup:
             images, targets = mixup(images, targets, alpha=config.augmentation.mixup, generator=generator)
         images = images.to(world.device, memory_format=torch.channels_last)
-        if anchor:
-            home = torch.from_numpy(~dataset.extra)[order[mine]]
-            targets[home] = anchored(targets[home], images[home], anchor, config.optimisation)
         rate = schedule(
             (epoch * steps + step) / (config.epochs * steps),
             step_in_phase=epoch_in_phase * steps + step,
@@ -152,16 +144,6 @@ def train_epoch(
         loss_sum, seen = loss_sum + counts * loss.item(), seen + counts * len(logits)
         bar.set_postfix(loss=f"{loss.item() / len(logits):.3f}")
     return loss_sum / max(1, seen)
-
-
-@torch.no_grad()
-def anchored(targets: Tensor, images: Tensor, anchor: LesionNet, spec: Optimisation) -> Tensor:
-    """Label rows float[B,K], the share `spec.anchor` of them what `anchor` says of the images float[B,3,S,S]."""
-    if not len(images):
-        return targets
-    with autocast(spec.precision, images.device):
-        answers = anchor(images).logits
-    return torch.lerp(targets, answers.float().softmax(1).to(targets.device), spec.anchor)
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

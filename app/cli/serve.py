@@ -13,7 +13,7 @@ from typing import Any
 
 import uvicorn
 
-from app import logs
+from app import logs, memory
 from app.cli import check
 from app.main import create_app
 from app.protocol import GuardedProtocol
@@ -54,6 +54,7 @@ class _Server(uvicorn.Server):
 def _serve(options: argparse.Namespace, settings: Settings) -> int:
     if options.check:
         return check.report(settings, as_json=options.json)
+    memory.one_arena()
     logs.configure(settings.log_level, settings.log_format)
     for warning in unknown_variables(os.environ):
         LOG.warning(warning)

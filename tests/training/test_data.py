@@ -133,3 +133,24 @@ def test_real_folds_keep_near_duplicates_together() -> None:
     assert 2500 < len(set(groups.tolist())) < 2637
     again = assign_folds(groups, dataset.labels.numpy(), folds=5, seed=42)
     assert np.array_equal(again, dataset.folds)
+
+
+@pytest.fixture
+def scope(folder: Path) -> str:
+    """A folder of images through one dermoscope, pale lesions on pale skin, that only their frame makes alike."""
+    for kind, name in enumerate(("benign", "malignant")):
+        (folder.parent / "scope" / name).mkdir(parents=True)
+        for number in range(9):
+            pale = Image.blend(draw_lesion(kind, 200 + number), Image.new("RGB", (224, 224), (230, 190, 170)), 0.7)
+            framed(pale).save(folder.parent / "scope" / name / f"{number}.png")
+    return "scope"
+
+
+def test_a_frame_makes_nobody_a_twin(scope: str) -> None:
+    with pytest.raises(ValueError, match="number of groups: 1"):
+        load_dataset(Data(root=scope, folds=3), seed=1, progress=False)
+    second = load(extra=scope, lit_folds=["extra"])
+    assert second.extra.sum() == 18
+    assert [len(second.split(fold).held_out_extra) for fold in range(3)] == [6, 6, 6]
+    alone = load_dataset(Data(root=scope, folds=3, lit_folds=["root"]), seed=1, progress=False)
+    assert np.array_equal(np.bincount(alone.folds), [6, 6, 6])

@@ -22,7 +22,6 @@ from training.config import Config, load_config
 from training.data import load_dataset
 from training.distributed import World
 from training.train import (
-    anchored,
     parameter_groups,
     schedule,
     set_trainable,
@@ -43,9 +42,8 @@ def short(**optimisation: object) -> Config:
     return config.model_copy(update=changes)
 
 
-@pytest.mark.parametrize("anchor", [0.0, 0.5])
-def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path, anchor: float) -> None:
-    config = short(anchor=anchor)
+def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    config = short()
     train(config, tmp_path / "whole", ALONE)
     train(config, tmp_path / "parts", ALONE, until_epoch=1)
     assert len((tmp_path / "parts" / "metrics.csv").read_text().splitlines()) == 2
@@ -55,17 +53,6 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_pa
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert len((tmp_path / "parts" / "metrics.csv").read_text().splitlines()) == 3
     assert list((tmp_path / "parts" / "tensorboard").iterdir())
-
-
-def test_an_anchor_gives_its_share_of_the_targets_its_own_answer() -> None:
-    config = short(anchor=0.25)
-    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 255
-    model = build(config.model, classes=2, seed=0, images=images.to(torch.uint8)).eval()
-    targets = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.3, 0.7]])
-    mixed = anchored(targets, images, model, config.optimisation)
-    assert torch.allclose(mixed, 0.75 * targets + 0.25 * model(images).logits.softmax(1), atol=1e-6)
-    assert not mixed.requires_grad
-    assert torch.equal(anchored(targets[:0], images[:0], model, config.optimisation), targets[:0])
 
 
 def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:

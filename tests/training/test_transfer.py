@@ -54,7 +54,8 @@ def test_three_classes_from_training_to_an_answer(folder: Path, random_weights: 
 
 def test_a_folder_of_one_class_or_of_none_is_refused(folder: Path) -> None:
     config = load_config(ROOT / "training" / "configs" / "transfer.toml")
-    assert config.with_data(folder).data.classes == list(CLASSES)
+    data = config.with_data(folder).data
+    assert (data.classes, data.lit_folds) == (list(CLASSES), ["root"])
     with pytest.raises(ValueError, match="0 sub-folders: one for each of 2 to 100 classes"):
         config.with_data(folder / "nevus")
     with pytest.raises(SystemExit, match="no folder"):

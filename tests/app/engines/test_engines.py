@@ -74,7 +74,7 @@ def test_warm_up_runs_every_batch_size_as_often_at_once_as_there_may_be(in_fligh
         def __init__(self) -> None:
             self.in_flight = in_flight
 
-        def run(self, images: np.ndarray) -> Output:
+        def run(self, images: np.ndarray) -> base.Output:
             together.wait(timeout=10)
             shapes.append(images.shape)
             return base.Output(np.zeros((len(images), 2), np.float32), np.zeros((len(images), 2, 1, 1), np.float32))

@@ -98,7 +98,7 @@ def test_a_batch_takes_all_threads_where_it_is_alone(loaded: LoadedVersion) -> N
 
     with engine._requests.take() as one, engine._requests.take() as other:
         watched = [Watched("shared", one), Watched("shared", other)]
-    engine._requests, engine._alone = Slots(watched), Watched("alone", engine._alone)  # type: ignore[assignment, arg-type]
+    engine._requests, engine._alone = Slots(watched), Watched("alone", engine._alone)
     engine.run(images(1))
     with engine._requests.take():  # as another batch does
         engine.run(images(1))
