@@ -17,6 +17,7 @@ def test_doctor_looks_at_everything(
 ) -> None:
     monkeypatch.setenv("DERMLENS_MODEL_STORE", str(careful_store))
     monkeypatch.setenv("DERMLENS_MAX_BACH", "4")
+    monkeypatch.setenv("DERMLENS_MAX_BATCH", "3")
     monkeypatch.setattr("app.cli.doctor.REPEATS", 3)
     assert run("doctor", "--json") == 0
     findings = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -27,7 +28,7 @@ def test_doctor_looks_at_everything(
     assert told["model"]["status"] == "ok"
     assert told["engine"]["detail"].startswith("openvino, since ")
     assert "median" in told["decode of a 1024×768 JPEG"]["detail"]
-    assert "10th to 90th percentile" in told["forward pass of 8 images"]["detail"]
+    assert "10th to 90th percentile" in told["forward pass of 3 images"]["detail"]
 
 
 @pytest.mark.parametrize(
