@@ -15,8 +15,6 @@ from app.model.store import LoadedVersion
 
 # What OpenVINO computes in; what an int8 graph leaves out stays in float32, also where bfloat16 would be at hand
 HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
-
-
 IN_FLIGHT = 2  # batches, where there are threads for each
 
 
@@ -88,6 +86,9 @@ def computes_bfloat16() -> bool:
 @functools.cache
 def the_core() -> ov.Core:
     """One for the process: with the last one the CPU plugin is unloaded, maybe under a thread that still runs in it."""
+    # The binding makes its table of types in the first call that needs it, and two threads in their first call waited
+    # for each other for ever (OpenVINO 2026.4, one start in twenty on a busy machine): it is made here
+    ov.Type.u8.to_dtype()
     return ov.Core()
 
 
