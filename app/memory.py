@@ -10,7 +10,7 @@ def one_arena() -> None:
     """Let all threads allocate from one arena; call before there are any.
 
     By default each thread gets one of its own, and a version that is loaded in one thread and freed in another leaves
-    holes in both. Measured (benchmarks/soak.py): a tenth less memory, level over reloads, and no less throughput.
+    holes in both, more with every reload (docs/reliability.md).
     """
     with suppress(AttributeError):
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
