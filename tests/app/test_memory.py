@@ -1,8 +1,11 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from app.cli import main
 
 # Eight threads that hold memory too small to be mapped on its own, and how many heaps it lies in
 PROGRAM = """
@@ -34,18 +37,21 @@ print(open(sys.argv[2]).read().count("<heap nr="))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 @pytest.mark.parametrize(("arenas", "only"), [("one", True), ("default", False)])
-def test_all_threads_allocate_from_one_arena(arenas: str, only: bool, tmp_path: object) -> None:
-    command = [sys.executable, "-c", PROGRAM, arenas, f"{tmp_path}/info.xml"]
+def test_all_threads_allocate_from_one_arena(arenas: str, only: bool, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PROGRAM, arenas, str(tmp_path / "info.xml")]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert (int(found) == 1) is only
 
 
 def test_the_server_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from app.cli import main
-
     called: list[str] = []
+
+    def stop(*_: object, **__: object) -> None:
+        called.append("app")
+        sys.exit(3)
+
     monkeypatch.setattr("app.memory.one_arena", lambda: called.append("one"))
-    monkeypatch.setattr("app.cli.serve.create_app", lambda *_, **__: called.append("app") or sys.exit(3))  # type: ignore[func-returns-value]
+    monkeypatch.setattr("app.cli.serve.create_app", stop)
     with pytest.raises(SystemExit, match="3"):
         main(["serve"])
     assert called == ["one", "app"]
