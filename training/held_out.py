@@ -30,6 +30,8 @@ from training.evaluate import (
     print_metrics,
     with_intervals,
 )
+from training.isic import collections
+from training.skin_tone import auc_with_interval
 from training.train import stopped_early
 
 SIZE = 224  # pixels, what the service decodes to
@@ -53,8 +55,11 @@ class HeldOut:
         return HeldOut(names, self.labels[mine], self.folds[mine], self.extra[mine], self.logits[mine])
 
 
-def predict_held_out(run_dirs: Sequence[Path], *, progress: bool = True) -> HeldOut:
+def predict_held_out(run_dirs: Sequence[Path], *, size: int = SIZE, progress: bool = True) -> HeldOut:
     """Each run's held-out fold by its own network, one after the other; kept beside its checkpoint.
+
+    Args:
+        size: pixels that the images are resized to.
 
     Raises:
         ValueError: a run is missing or unfinished, or the runs are not folds of one recipe.
@@ -67,10 +72,10 @@ def predict_held_out(run_dirs: Sequence[Path], *, progress: bool = True) -> Held
     dataset: Dataset | None = None
     parts = []
     for run_dir, run in zip(run_dirs, runs, strict=True):
-        cache = run_dir / CACHE
+        cache = run_dir / (CACHE if size == SIZE else f"held_out_{size}.csv")
         if not cache.is_file() or cache.stat().st_mtime < (run_dir / CHECKPOINT).stat().st_mtime:
             dataset = dataset or load_dataset(run.config.data, seed=run.config.seed, progress=progress)
-            _write(cache, run_dir, dataset, run.config.data.held_out_fold)
+            _write(cache, run_dir, dataset, run.config.data.held_out_fold, size=size)
         parts.append(_read(cache))
     return HeldOut(
         names=[name for part in parts for name in part.names],
@@ -95,12 +100,12 @@ def read_finished(run_dir: Path) -> Run:
     return run
 
 
-def _write(path: Path, run_dir: Path, dataset: Dataset, fold: int) -> None:
+def _write(path: Path, run_dir: Path, dataset: Dataset, fold: int, *, size: int) -> None:
     split = dataset.split(fold)
     members = np.concatenate([split.held_out, split.held_out_extra])
     _, model = from_run(run_dir)
     model = model.to(memory_format=torch.channels_last)
-    logits = predict_logits(model, dataset.images[members], size=SIZE, device=torch.device("cpu")).numpy()
+    logits = predict_logits(model, dataset.images[members], size=size, device=torch.device("cpu")).numpy()
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "label", "fold", "extra", *(f"logit_{k}" for k in range(logits.shape[1]))])
@@ -140,10 +145,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.held_out", description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="runs that each held out a fold")
     parser.add_argument("--evidence", type=Path, default=Path("runs/evidence"), help="predictions.csv goes here")
+    parser.add_argument("--size", type=int, default=SIZE, help="pixels, where it is not what the service decodes to")
     parser.add_argument("--setting", help="put the figures into external.csv under this name instead")
     options = parser.parse_args(arguments)
     try:
-        held_out = predict_held_out(options.runs)
+        held_out = predict_held_out(options.runs, size=options.size)
         data = read_run(options.runs[0]).config.data
     except ValueError as error:
         sys.exit(f"training.held_out: {error}")
@@ -156,6 +162,8 @@ def main(arguments: list[str] | None = None) -> None:
         print_metrics(f"{found.images} images of {source}, held out", found.metrics)
         if options.setting:
             add_external(options.evidence / "external.csv", options.setting, Path(source).name, found)
+        if len(data.classes) == 2:
+            print_collections(images, judged)
         print(f"referred           {', '.join(f'{c}: {flags.mean():.4f}' for c, flags in judged.referred.items())}")
     if options.setting:
         print(f"done: {options.evidence / 'external.csv'}")
@@ -163,6 +171,14 @@ def main(arguments: list[str] | None = None) -> None:
     options.evidence.mkdir(parents=True, exist_ok=True)
     (options.evidence / "predictions.csv").write_bytes(predictions_csv(parts, data.classes))
     print(f"done: {options.evidence / 'predictions.csv'}")
+
+
+def print_collections(images: HeldOut, judged: Judged) -> None:
+    """ROC-AUC within each collection of ISIC 2019 that has images enough of both classes."""
+    for name, members in collections(images.names).items():
+        auc = auc_with_interval(images.labels[members], judged.probabilities[members, 1])
+        if len(auc) == 3:
+            print(f"roc_auc, {name:9} {auc[0]:.4f}  95% {auc[1]:.4f} to {auc[2]:.4f}, {members.sum()} images")
 
 
 def measure(labels: Labels, judged: Judged) -> dict[str, Metric]:

@@ -6,6 +6,7 @@ python -m training.report        # or: make report
 import argparse
 import csv
 import html
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from app.model import store
 from app.model.labels import NOTICE
 from app.model.manifest import Manifest, Metric
 from training import plots
-from training.evaluate import Floats, Labels
+from training.evaluate import Floats, Labels, decision_metrics
+from training.isic import collections
 from training.model_card import LIMITS, data_card, model_card
 
 PREDICTIONS = "report/predictions.csv"
@@ -38,6 +40,7 @@ td,th{border:1px solid #ccc;padding:.25rem .6rem;text-align:left}th{background:#
 .notice{border-left:4px solid #b00;
 padding:.5rem 1rem;background:#fff5f5}.wide{overflow-x:auto}"""
 
+
 Row = Mapping[str, str]
 
 
@@ -45,6 +48,7 @@ Row = Mapping[str, str]
 class Predictions:
     """The rows of predictions.csv."""
 
+    names: list[str]
     labels: Labels  # [N]
     sources: NDArray[np.str_]  # [N], folder of the data
     probabilities: Floats  # [N], of the last class, cross-fitted
@@ -204,7 +208,36 @@ def _elsewhere_section(manifest: Manifest, predictions: Predictions, report: Pat
             figures["roc_elsewhere.png"] = plots.roc_figure(labels, {name: probabilities}, title=f"{name}, held out")
             figures["reliability_elsewhere.png"] = plots.reliability_figure(labels, probabilities, title=name)
     columns = ["setting", "data", "images", "ROC-AUC", "balanced accuracy", "sensitivity", "specificity", "ECE"]
-    return "<h2>Other clinics</h2>" + _table(columns, rows) + _pictures(report, figures)
+    return (
+        "<h2>Other clinics</h2>"
+        + _table(columns, rows)
+        + _pictures(report, figures)
+        + _collections_table(predictions, list(manifest.external_metrics))
+    )
+
+
+def _collections_table(predictions: Predictions, sources: Sequence[str]) -> str:
+    """Figures within each collection of ISIC 2019, where labels and images of several are pooled."""
+    from training.skin_tone import FEWEST, auc_with_interval
+
+    rows = []
+    for source, (collection, members) in itertools.product(sources, collections(predictions.names).items()):
+        mine = (predictions.sources == source) & members
+        labels = predictions.labels[mine]
+        if min(labels.sum(), (1 - labels).sum()) >= FEWEST:
+            value, low, high = auc_with_interval(labels, predictions.probabilities[mine])
+            decisions = decision_metrics(labels, predictions.decided[mine] == 1)
+            figures = (labels.mean(), decisions["sensitivity"], decisions["specificity"])
+            share, sensitivity, specificity = (f"{figure:.3f}" for figure in figures)
+            auc = f"{value:.3f} ({low:.3f}–{high:.3f})"
+            rows.append([source, collection, str(len(labels)), share, auc, sensitivity, specificity])
+    if not rows:
+        return ""
+    return (
+        "<p>The same held-out images by the collection that they come from. These differ in how many of their images "
+        "are malignant, so the ROC-AUC over all rewards telling collections apart; within one of them it does "
+        f"not. Collections with fewer than {FEWEST} images of a class are left out.</p>"
+    ) + _table(["data", "collection", "images", "malignant", "ROC-AUC", "sensitivity", "specificity"], rows)
 
 
 def _key_metrics(metrics: Mapping[str, Metric]) -> list[str]:
@@ -347,6 +380,7 @@ def _read_predictions(path: Path, manifest: Manifest) -> Predictions:
     rows = read_rows(path)
     last = manifest.classes[-1]
     return Predictions(
+        names=[row["name"] for row in rows],
         labels=np.array([int(row["label"]) for row in rows]),
         sources=np.array([row["source"] for row in rows]),
         probabilities=np.array([float(row[f"probability_{last}"]) for row in rows]),

@@ -200,7 +200,7 @@ def _figures(predictions: Predictions, mine: NDArray[np.int64]) -> dict[str, str
     row = {"images": str(len(mine)), "malignant": str(int(labels.sum()))}
     for name, members in (("sensitivity", labels == 1), ("specificity", labels == 0), ("accuracy", labels >= 0)):
         row |= _cells(name, _share(right[members]))
-    return row | _cells("roc_auc", _auc(labels, predictions.probabilities[mine]))
+    return row | _cells("roc_auc", auc_with_interval(labels, predictions.probabilities[mine]))
 
 
 def _share(right: NDArray[np.bool_]) -> list[float]:
@@ -210,7 +210,8 @@ def _share(right: NDArray[np.bool_]) -> list[float]:
     return [float(right.mean()), float(interval.low), float(interval.high)]
 
 
-def _auc(labels: Labels, probabilities: Floats) -> list[float]:
+def auc_with_interval(labels: Labels, probabilities: Floats) -> list[float]:
+    """ROC-AUC of images [N] and its 95% interval; without the interval, or empty, where a class has too few."""
     fewest = min(int(labels.sum()), int((1 - labels).sum()))
     if not fewest:
         return []

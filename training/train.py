@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -90,7 +91,7 @@ def train_epoch(
     config: Config,
     epoch: int,
     dataset: Dataset,
-    training: np.ndarray[Any, np.dtype[np.int64]],
+    training: NDArray[np.int64],
     *,
     model: LesionNet,
     ema: AveragedModel,
@@ -103,10 +104,7 @@ def train_epoch(
     parallel: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
     batch_size = config.optimisation.batch_size
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    order = torch.from_numpy(training)[torch.randperm(len(training), generator=generator)]
-    if config.data.extra_share < 1:
-        extra = torch.from_numpy(dataset.extra)[order]
-        order = order[~extra | (extra.cumsum(0) <= round(config.data.extra_share * int(extra.sum())))]
+    order = epoch_order(dataset, training, config.data.extra_share, generator)
     steps = math.ceil(len(order) / batch_size)
     uniforms = torch.rand(len(order), UNIFORMS, generator=generator)
     loss_sum, seen = 0.0, 0
@@ -144,6 +142,19 @@ def train_epoch(
         loss_sum, seen = loss_sum + counts * loss.item(), seen + counts * len(logits)
         bar.set_postfix(loss=f"{loss.item() / len(logits):.3f}")
     return loss_sum / max(1, seen)
+
+
+def epoch_order(
+    dataset: Dataset, training: NDArray[np.int64], extra_share: float, generator: torch.Generator
+) -> Tensor:
+    """The images of an epoch: each of `data.root` once, and of `data.extra` a share, well mixed."""
+    order = torch.from_numpy(training)[torch.randperm(len(training), generator=generator)]
+    if extra_share == 1:
+        return order
+    extra = torch.from_numpy(dataset.extra)[order]
+    drawn = order[~extra | (extra.cumsum(0) <= round(extra_share * int(extra.sum())))]
+    # In the order until here the whole share comes before most of the first folder
+    return drawn[torch.randperm(len(drawn), generator=generator)]
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

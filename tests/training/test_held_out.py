@@ -17,7 +17,7 @@ from training.calibrate import cross_fitted
 from training.checkpoint import CHECKPOINT, save_checkpoint, write_history
 from training.config import Config
 from training.export import export
-from training.held_out import CACHE, HeldOut, main, predict_held_out, predictions_csv
+from training.held_out import CACHE, HeldOut, main, predict_held_out, predictions_csv, print_collections
 from training.report import read_rows
 
 
@@ -50,6 +50,14 @@ def test_each_image_is_predicted_by_the_network_that_did_not_see_it(runs: Path) 
     (runs / "fold1" / CACHE).unlink()
     predict_held_out([runs / "fold1"], progress=False)
     assert (runs / "fold1" / CACHE).read_text() == stale
+
+
+def test_another_size_is_predicted_and_kept_by_itself(runs: Path) -> None:
+    served = predict_held_out([runs / "fold0"], progress=False)
+    smaller = predict_held_out([runs / "fold0"], size=64, progress=False)
+    assert smaller.names == served.names
+    assert not np.allclose(smaller.logits, served.logits, atol=1e-6)
+    assert np.array_equal(predict_held_out([runs / "fold0"], progress=False).logits, served.logits)
 
 
 def test_runs_that_are_no_folds_of_one_recipe_are_refused(runs: Path) -> None:
@@ -90,6 +98,15 @@ def test_the_command_writes_predictions_or_figures_of_a_setting(
     assert {(row["setting"], row["data"], row["images"]) for row in rows} == {("two folds", "drawn", "40")}
     with pytest.raises(SystemExit, match="not different folds of one recipe"):
         main(["--runs", str(runs / "fold-1")])
+
+
+def test_the_command_tells_collections_of_isic_2019_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"ISIC_{24_306 + i:07}.jpg" for i in range(20)] + ["ISIC_0053453.jpg", "1.jpg"]
+    labels = np.array([0, 1] * 11)
+    logits = np.stack([np.zeros(22), np.where(labels == 1, 1.0, -1.0)], axis=1).astype(np.float32)
+    images = HeldOut(names, labels, np.zeros(22, dtype=np.int64), labels == 9, logits)
+    print_collections(images, cross_fitted(labels, logits))
+    assert capsys.readouterr().out == "roc_auc, HAM10000  1.0000  95% 1.0000 to 1.0000, 20 images\n"
 
 
 def test_predictions_keep_every_image_and_who_is_referred() -> None:

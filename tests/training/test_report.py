@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from app.model import metadata, store
 from app.model.manifest import Abstention, MetadataFusion, Metric, OutOfDistribution
 from app.model.out_of_distribution import FILE
 from tests.conftest import NAME, ROOT, make_manifest
-from training.calibrate import cross_fitted
+from training.calibrate import cross_fitted, fit, judge
 from training.config import load_config
 from training.evaluate import Figures, add_external
 from training.held_out import HeldOut, predictions_csv
@@ -126,6 +127,32 @@ def test_evidence_that_a_version_carries_is_shown(tmp_path: Path) -> None:
     assert "77" in page
     assert (folder / "report" / "gates.png").is_file()
     assert "### `isic2019`" in (folder / "MODEL_CARD.md").read_text()
+
+
+def test_pooled_collections_of_isic_2019_are_told_apart(tmp_path: Path) -> None:
+    """All malignant in one collection and benign in the other would pool to 1; within each it is a coin's toss."""
+    labels = np.tile([0, 0, 0, 1], 10)
+    labels = np.concatenate([labels, 1 - labels, [0, 1]])
+    first = [24_306] * 40 + [53_453] * 40 + [14, 16]
+    names = [f"benign/ISIC_{number + i:07}.jpg" for i, number in enumerate(first)]
+    within = np.tile([-0.2, -0.1, 0.1, 0.0], 20)
+    offset = np.concatenate([within[:40] - 2, within[40:] + 2, [0.0, 0.0]])
+    logits = np.stack([np.zeros(82), offset], axis=1).astype(np.float32)
+    abroad = HeldOut(names, labels, np.zeros(82, dtype=np.int64), np.ones(82, dtype=bool), logits)
+    home = HeldOut([f"{i}.png" for i in range(82)], labels, abroad.folds, ~abroad.extra, logits)
+    judged = judge(logits, fit(labels, logits))
+    parts = [(home, judged, make_manifest().split.data), (abroad, judged, "isic2019")]
+    predictions = predictions_csv(parts, ("benign", "malignant"))
+    folder = publish(tmp_path, {"report/predictions.csv": predictions}, external_metrics={"isic2019": {}})
+    write_report(folder)
+    page = (folder / "report" / "report.html").read_text()
+    rows = dict(re.findall(r"<td>isic2019</td><td>(\w+)</td>(.*?)</tr>", page))
+    assert set(rows) == {"HAM10000", "BCN20000"}  # one image of a class is too few for a figure
+    ham, bcn = (re.findall(r"<td>(.*?)</td>", rows[name]) for name in ("HAM10000", "BCN20000"))
+    assert ham[:2] == ["40", "0.250"]
+    assert bcn[:2] == ["40", "0.750"]
+    assert ham[2].startswith("0.667 (")
+    assert bcn[2].startswith("0.333 (")
 
 
 def test_when_it_does_not_answer_is_shown(tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ from training.augment import augment
 from training.backbones import build
 from training.checkpoint import CHECKPOINT
 from training.config import Config, load_config
-from training.data import load_dataset
+from training.data import Dataset, load_dataset
 from training.distributed import World
 from training.train import (
+    epoch_order,
     parameter_groups,
     schedule,
     set_trainable,
@@ -145,6 +146,22 @@ def test_an_epoch_takes_every_image_once_the_last_short_batch_too(monkeypatch: p
     one_epoch(ALONE, images=17)
     assert [len(batch) for batch in batches] == [7, 7, 3]
     assert len(torch.cat(batches).flatten(1).unique(dim=0)) == 17
+
+
+def test_an_epoch_draws_a_share_of_the_second_folder_and_spreads_it_evenly() -> None:
+    nothing = torch.zeros(400, 3, 1, 1, dtype=torch.uint8)
+    extra = np.arange(400) >= 200
+    labels, folds = torch.zeros(400, dtype=torch.int64), np.zeros(400, dtype=np.int64)
+    dataset = Dataset(nothing, labels, [""] * 400, folds, extra, fingerprint="", root_fingerprint="")
+    training = np.arange(20, 400)  # 180 of the first folder, 200 of the second
+    epochs = [epoch_order(dataset, training, 0.3, torch.Generator().manual_seed(seed)).numpy() for seed in range(20)]
+    for order in epochs:
+        assert sorted(order[~extra[order]]) == list(range(20, 200))
+        assert extra[order].sum() == 60
+        assert len(set(order)) == 240
+    assert len({tuple(sorted(order[extra[order]])) for order in epochs}) == 20  # drawn anew
+    found = [extra[part].mean() for part in np.array_split(np.stack(epochs), 4, axis=1)]  # by quarters of an epoch
+    assert np.allclose(found, 0.25, atol=0.05)  # four standard errors
 
 
 def test_the_schedule_warms_up_in_each_phase_and_ends_at_nought() -> None:
