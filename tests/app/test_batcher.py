@@ -121,12 +121,14 @@ def test_a_result_says_how_long_it_waited_and_how_long_its_batch_took() -> None:
     run(test)
 
 
-def test_when_to_return_follows_the_pace_of_the_device() -> None:
-    def retry_after_s(batcher: MicroBatcher) -> int:
-        with batcher.admit(100_000, timeout_s=1e9), pytest.raises(QueueFull, match="try again in") as refused:
-            batcher.admit(timeout_s=1e9).__enter__()
-        return refused.value.retry_after_s
+def retry_after_s(batcher: MicroBatcher) -> int:
+    """What a caller behind 100,000 images is told: their number at the pace of the device."""
+    with batcher.admit(100_000, timeout_s=1e9), pytest.raises(QueueFull, match="try again in") as refused:
+        batcher.admit(timeout_s=1e9).__enter__()
+    return refused.value.retry_after_s
 
+
+def test_when_to_return_follows_the_pace_of_the_device() -> None:
     async def test() -> None:
         device = Device()
         async with running(device, max_queue=100_000) as batcher:
@@ -139,6 +141,24 @@ def test_when_to_return_follows_the_pace_of_the_device() -> None:
             for batch in (await asyncio.gather(first, *rest))[:2]:
                 pace = 0.9 * pace + 0.1 * (batch.batch_s + batch.forward_s) / batch.batch_size
             assert retry_after_s(batcher) == math.ceil(100_000 * pace)
+
+    run(test)
+
+
+def test_the_pace_of_batches_beside_one_another_is_that_of_all_of_them() -> None:
+    async def test() -> None:
+        let_go = [threading.Event(), threading.Event()]
+        batcher = MicroBatcher(one_by_one(let_go), max_batch=1, max_wait_ms=0, max_queue=100_000, in_flight=2)
+        batcher.start()
+        both = await queued(batcher, [0, 1])
+        await asyncio.sleep(0.05)
+        pace = 0.1
+        for event, task, at_once in zip(let_go, both, (2, 1), strict=True):
+            event.set()
+            batch = await task
+            pace = 0.9 * pace + 0.1 * (batch.batch_s + batch.forward_s) / at_once
+            assert retry_after_s(batcher) == math.ceil(100_000 * pace)
+        await batcher.stop()
 
     run(test)
 
