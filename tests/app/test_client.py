@@ -203,9 +203,10 @@ def test_who_has_no_time_to_wait_is_told_that_the_server_is_busy(gated: str, les
 def test_the_deadline_is_the_servers_too(quick_store: Path, monkeypatch: pytest.MonkeyPatch, lesion: bytes) -> None:
     Gate.opened.set()
     monkeypatch.setattr("app.main.build_engine", lambda _, version, **__: Gate(version))
+    monkeypatch.setattr("app.client.ANSWER_S", 3)  # a busy machine answers late
     with running(create_app(Settings(model_store=quick_store, max_batch=1))) as port:
         Gate.opened.clear()
-        with Client(f"http://127.0.0.1:{port}", timeout_s=0.8) as client, pytest.raises(TooLate) as raised:
+        with Client(f"http://127.0.0.1:{port}", timeout_s=4) as client, pytest.raises(TooLate) as raised:
             client.predict(lesion)
         Gate.opened.set()
     assert raised.value.problem.type == "urn:dermlens:problem:deadline-exceeded"

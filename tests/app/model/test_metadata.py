@@ -1,3 +1,4 @@
+import re
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,8 @@ def test_what_is_not_valid_is_refused_without_quoting_it(value: dict[str, Any]) 
 
 
 def test_no_message_shows_a_value() -> None:
-    assert not [value for value in ("80", "male", "palms") if value in repr(EVERYTHING) + str(EVERYTHING)]
+    told = re.sub(r"0x[0-9a-f]+", "", repr(EVERYTHING) + str(EVERYTHING))  # an address may hold any digits
+    assert not [value for value in ("80", "male", "palms") if value in told]
 
 
 def test_a_head_is_stored_and_read_back_in_any_precision() -> None:
