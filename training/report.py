@@ -40,7 +40,6 @@ td,th{border:1px solid #ccc;padding:.25rem .6rem;text-align:left}th{background:#
 .notice{border-left:4px solid #b00;
 padding:.5rem 1rem;background:#fff5f5}.wide{overflow-x:auto}"""
 
-
 Row = Mapping[str, str]
 
 
