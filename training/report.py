@@ -223,13 +223,13 @@ def _collections_table(predictions: Predictions, sources: Sequence[str]) -> str:
     for source, (collection, members) in itertools.product(sources, collections(predictions.names).items()):
         mine = (predictions.sources == source) & members
         labels = predictions.labels[mine]
-        if min(labels.sum(), (1 - labels).sum()) >= FEWEST:
-            value, low, high = auc_with_interval(labels, predictions.probabilities[mine])
+        auc = auc_with_interval(labels, predictions.probabilities[mine])
+        if len(auc) == 3:
             decisions = decision_metrics(labels, predictions.decided[mine] == 1)
             figures = (labels.mean(), decisions["sensitivity"], decisions["specificity"])
             share, sensitivity, specificity = (f"{figure:.3f}" for figure in figures)
-            auc = f"{value:.3f} ({low:.3f}–{high:.3f})"
-            rows.append([source, collection, str(len(labels)), share, auc, sensitivity, specificity])
+            interval = f"{auc[0]:.3f} ({auc[1]:.3f}–{auc[2]:.3f})"
+            rows.append([source, collection, str(len(labels)), share, interval, sensitivity, specificity])
     if not rows:
         return ""
     return (

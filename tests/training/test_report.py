@@ -130,7 +130,7 @@ def test_evidence_that_a_version_carries_is_shown(tmp_path: Path) -> None:
 
 
 def test_pooled_collections_of_isic_2019_are_told_apart(tmp_path: Path) -> None:
-    """All malignant in one collection and benign in the other would pool to 1; within each it is a coin's toss."""
+    """One is mostly benign, the other mostly malignant: pooled they score high, whatever is so within each."""
     labels = np.tile([0, 0, 0, 1], 10)
     labels = np.concatenate([labels, 1 - labels, [0, 1]])
     first = [24_306] * 40 + [53_453] * 40 + [14, 16]
