@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from functools import partial
@@ -108,7 +107,7 @@ def batch_size(settings: Settings, engine: Engine) -> int:
     """Images per forward pass at most; on a CPU one for each thread, beyond which one more is hardly cheaper."""
     if settings.max_batch:
         return settings.max_batch
-    return min(8, max(2, settings.cpu_threads or os.cpu_count() or 1)) if engine.device == "cpu" else 32
+    return min(8, max(2, settings.cores)) if engine.device == "cpu" else 32
 
 
 def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda _: None) -> FastAPI:
@@ -177,7 +176,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
         read_report=lambda version, file: read_report(settings.model_store, settings.model_name, version, file),
         promote=lambda version: promote(served, settings, version),
         compare=shadow.compare if shadow else partial(count_missing_shadow, settings, metrics),
-        workers=CapacityLimiter(settings.decode_threads),
+        workers=CapacityLimiter(settings.workers),
         operating_point=settings.operating_point,
         coverage=settings.coverage,
         max_upload_bytes=settings.max_upload_bytes,
@@ -258,7 +257,7 @@ def open_decode_processes(settings: Settings) -> DecodeProcesses | None:
         return None
     check_decoder(settings)
     return DecodeProcesses(
-        settings.decode_threads,
+        settings.workers,
         timeout_s=settings.decode_timeout_ms / 1000,
         memory_bytes=settings.decode_memory_bytes,
     )

@@ -4,6 +4,7 @@ python -m app.settings    # the table of docs/settings.md, written there by `mak
 """
 
 import difflib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -73,7 +74,9 @@ class Settings(BaseSettings):
     decode_memory_bytes: int = Field(
         1_500_000_000, ge=300_000_000, description="Address space of a decode process, bytes."
     )
-    decode_threads: int = Field(4, ge=1, description="Images decoded or drawn at once.")
+    decode_threads: int = Field(
+        0, ge=0, description="Images decoded or drawn at once; 0 for one a CPU thread, 2 to 16."
+    )
     max_batch: int = Field(
         0, ge=0, description="Images per forward pass; 0 for 32 on CUDA and one a CPU thread, 2 to 8."
     )
@@ -90,6 +93,16 @@ class Settings(BaseSettings):
     )
     read_timeout_ms: int = Field(30_000, ge=1, description="Time for a whole request body before 408, milliseconds.")
     max_batch_files: int = Field(32, ge=1, description="Images in one request at most.")
+
+    @property
+    def cores(self) -> int:
+        """CPU threads that the server may use."""
+        return self.cpu_threads or os.cpu_count() or 1
+
+    @property
+    def workers(self) -> int:
+        """Images decoded or drawn at once: more than one a core only take turns with the forward passes."""
+        return self.decode_threads or min(16, max(2, self.cores))
 
 
 def variable(field: str) -> str:

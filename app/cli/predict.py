@@ -28,6 +28,8 @@ from app.model.preprocess import PREVIEW_SIDE, ImageError
 from app.schemas import Explanation, Prediction, prediction_fields
 from app.settings import Settings
 
+REQUESTS = 4  # to a server at once, unless told otherwise
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -75,7 +77,7 @@ def _predict(options: argparse.Namespace, settings: Settings) -> int:
         raise ValueError("--restart starts a CSV file over: name it with --csv")
     if options.api_key_file and not options.url:
         raise ValueError("--api-key-file is for a server: name it with --url")
-    workers = settings.decode_threads if options.workers is None else options.workers
+    workers = (REQUESTS if options.url else settings.workers) if options.workers is None else options.workers
     if workers < 1:
         raise ValueError("--workers: give 1 or more")
     paths, others = _find(options)
