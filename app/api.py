@@ -8,7 +8,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -265,7 +264,7 @@ def build_router(service: Service, keys: KeyRing | None = None) -> APIRouter:  #
                     description=shown.description,
                 )
 
-            overlay = await service.in_worker("render", draw)
+            overlay = await service.timed("render", service.in_worker(draw))
 
         last = manifest.classes[-1]
         headers = {
@@ -291,7 +290,7 @@ def build_router(service: Service, keys: KeyRing | None = None) -> APIRouter:  #
     @router.get("/models", dependencies=may_predict, responses=REFUSALS, tags=["model"])
     async def models() -> Models:
         """The published versions, the served one, and their metrics."""
-        listed = await to_thread.run_sync(service.list_models, limiter=service.workers)
+        listed = await service.in_worker(service.list_models)
         return Models(
             name=service.served.now.manifest.name,
             versions=listed,
@@ -310,7 +309,7 @@ def build_router(service: Service, keys: KeyRing | None = None) -> APIRouter:  #
     )
     async def report_file(version: Identifier, file: str) -> Response:
         """A picture or page of a version's report; `/models` lists them."""
-        data = await to_thread.run_sync(service.read_report, version, file, limiter=service.workers)
+        data = await service.in_worker(lambda: service.read_report(version, file))
         if file.endswith(".png"):
             return Response(data, media_type="image/png")
         return Response(data, media_type="text/html", headers={"Content-Security-Policy": REPORT_POLICY})

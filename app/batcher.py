@@ -165,7 +165,7 @@ class MicroBatcher:
         self._closing = True
         self._arrival.set()
         if self._loop_task is not None and not self._failure:
-            await self._loop_task
+            await asyncio.wait([self._loop_task])  # which `fail` may cancel meanwhile
         self._device.shutdown(wait=not self._failure)
 
     def fail(self, reason: str) -> None:

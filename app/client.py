@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal, Self
 try:
     import httpx2
 except ImportError as missing:
-    raise ImportError("the client needs httpx2: pip install 'dermlens[client]'") from missing
+    raise ImportError("the client needs httpx2: pip install '.[client]'") from missing
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from pydantic import TypeAdapter, ValidationError
 

@@ -108,7 +108,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         match error:
             case QueueFull() | RateLimited():
                 return _respond(request, problem, {"Retry-After": str(error.retry_after_s)})
-            case ShuttingDown() | DeviceFailed():
+            case ShuttingDown() | DeviceFailed() | AuditFailed():
                 return _respond(request, problem, {"Retry-After": "1"})
             case BodyTooSlow():
                 return _respond(request, problem, {"Connection": "close"})

@@ -1,4 +1,4 @@
-"""Which files of a folder are images to classify."""
+"""Which files of a folder are images to classify, and how what comes of one is written."""
 
 import os
 from pathlib import Path
@@ -12,6 +12,23 @@ class Found(NamedTuple):
 
     images: list[Path]
     others: int
+
+
+def refuse_overwriting(image: Path, *outputs: Path) -> None:
+    """Raise ValueError where an output is the image itself, or another output."""
+    taken = {image.resolve()}
+    for output in outputs:
+        if output.resolve() in taken:
+            raise ValueError(f"{output}: would overwrite what is read or written here: give another file")
+        taken.add(output.resolve())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Whole or not at all; its folder is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(data)
+    part.replace(path)
 
 
 def images_in(folder: Path, *, recursive: bool, leave_out: Path | None = None) -> Found:

@@ -3,13 +3,14 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import RedirectResponse
@@ -125,6 +126,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
     shadow = start_shadow(settings, metrics)
     audit = open_audit_log(settings)
     processes = open_decode_processes(settings)
+    workers = ThreadPoolExecutor(settings.workers, thread_name_prefix="worker")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
@@ -147,6 +149,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
         if shadow is not None:
             await shadow.close()
         stop_watch()
+        workers.shutdown(wait=False)
         if audit is not None:
             audit.close()
         if tracing is not None:
@@ -176,7 +179,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[str], None] = lambda
         read_report=lambda version, file: read_report(settings.model_store, settings.model_name, version, file),
         promote=lambda version: promote(served, settings, version),
         compare=shadow.compare if shadow else partial(count_missing_shadow, settings, metrics),
-        workers=CapacityLimiter(settings.workers),
+        workers=workers,
         operating_point=settings.operating_point,
         coverage=settings.coverage,
         max_upload_bytes=settings.max_upload_bytes,
@@ -241,7 +244,7 @@ def open_tracing(settings: Settings) -> "Tracing | None":
         from app.tracing import Tracing
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"DERMLENS_TRACING needs {error.name}: pip install 'dermlens[tracing]', or set it to false"
+            f"DERMLENS_TRACING needs {error.name}: pip install '.[tracing]', or set it to false"
         ) from error
     return Tracing(installed_version("dermlens"))
 

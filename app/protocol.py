@@ -109,7 +109,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.flow.resume_reading()  # paused for a request sent ahead, it would not hear that the client left
         if self.parser.should_upgrade():
             self.cycle.keep_alive = False  # what follows would be another protocol
-        if not self.flow.write_paused:
+        if not self.flow.write_paused and self._answering():  # refused at once, it is answered already
             self._stop_waiting()
 
     def on_body(self, body: bytes) -> None:
@@ -130,7 +130,7 @@ class GuardedProtocol(HttpToolsProtocol):
             super()._start_asgi_task(cycle, app)
             return
         cycle.response_started = cycle.response_complete = True
-        headers = {**HEADERS, "Retry-After": str(refusal.retry_after_s)}
+        headers = {"Retry-After": str(refusal.retry_after_s)}
         self.transport.write(self._answer(refusal.problem, headers, keep_alive=cycle.keep_alive))
         if not cycle.keep_alive:
             self.transport.close()
@@ -193,7 +193,8 @@ class GuardedProtocol(HttpToolsProtocol):
             detail=status.description or status.phrase,
             request_id=new_request_id(),
         )
-        return self._answer(problem, {}, keep_alive=False)
+        headers = {"Retry-After": "1"} if status == HTTPStatus.SERVICE_UNAVAILABLE else {}
+        return self._answer(problem, headers, keep_alive=False)
 
     def _answer(self, problem: Problem, headers: Mapping[str, str], *, keep_alive: bool) -> bytes:
         """A whole response."""
@@ -202,6 +203,7 @@ class GuardedProtocol(HttpToolsProtocol):
             "Content-Type": "application/problem+json",
             "Content-Length": str(len(body)),
             "X-Request-ID": problem.request_id,
+            **HEADERS,
             **headers,
             **({} if keep_alive else {"Connection": "close"}),
         }

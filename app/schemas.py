@@ -99,7 +99,7 @@ class Explanation(Prediction):
     )
     seen: tuple[float, float, float, float] = Field(
         description="The part of the image that was judged, in fractions of its width and height: left, top, right and "
-        "bottom. All of it but for a dark frame."
+        "bottom. All of it, but for a dark frame where the version crops it."
     )
     peak: float = Field(description="Largest raw value of the map; at most 0 means no evidence for the target.")
     empty: bool

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,8 +60,18 @@ class Served:
         self._on_change = on_change
         self._one_at_a_time = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
-        self.now = start(version)
-        on_change(self.now)
+        self._alive: tuple[weakref.ref[MicroBatcher], ...] = ()
+        self._serve(start(version))
+
+    def _serve(self, running: Running) -> None:
+        self.now = running
+        self._alive = (*(ref for ref in self._alive if ref()), weakref.ref(running.batcher))
+        self._on_change(running)
+
+    @property
+    def batchers(self) -> list[MicroBatcher]:
+        """Of the version being served, and of those that still finish what they began; from any thread."""
+        return [batcher for ref in self._alive if (batcher := ref())]
 
     def open(self) -> None:
         """Take work; call from the event loop."""
@@ -69,7 +80,8 @@ class Served:
     async def close(self) -> None:
         """Finish what was accepted, by whichever version."""
         await self.now.batcher.stop()
-        await asyncio.gather(*self._retiring)
+        if self._retiring:
+            await asyncio.wait(self._retiring)
 
     @contextmanager
     def use(self) -> Iterator[Running]:
@@ -97,8 +109,8 @@ class Served:
             except Exception as error:  # of the store, of the engine's library: whatever it is, nothing changes
                 raise VersionRefused(f"version {version} cannot be served: {error}") from error
             new.batcher.start()
-            old, self.now = self.now, new
-            self._on_change(new)
+            old = self.now
+            self._serve(new)
             LOG.info("serving version %s in place of %s", version, old.manifest.version)
             task = asyncio.create_task(_retire(old))
             self._retiring.add(task)

@@ -3,12 +3,13 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from fastapi import Request
 
 from app import logs
@@ -84,7 +85,7 @@ class Service:
     read_report: Callable[[str, str], bytes]  # of a version, by its name
     promote: Callable[[str], Awaitable[str]]  # a version in place of the one whose name it gives
     compare: Compare  # with the shadow version, where there is one
-    workers: CapacityLimiter  # threads that decode and draw
+    workers: ThreadPoolExecutor  # that decode, draw and read files
     operating_point: str
     coverage: str
     max_upload_bytes: int
@@ -110,9 +111,9 @@ class Service:
             if self.tracing is not None:
                 self.tracing.stage(stage, seconds)
 
-    async def in_worker(self, stage: str, work: Callable[[], T]) -> T:
-        """The outcome of `work` in a thread, its wait for one included in the duration."""
-        return await self.timed(stage, to_thread.run_sync(work, limiter=self.workers))
+    def in_worker(self, work: Callable[[], T]) -> Awaitable[T]:
+        """The outcome of `work` in a thread: not begun for who has left, and once begun never without its thread."""
+        return asyncio.get_running_loop().run_in_executor(self.workers, work)
 
     async def see(self, request: Request, data: bytes, rule: Rule, *, preview_side: int = 0) -> Answer:
         """Decode, run, judge and record one image.
@@ -139,7 +140,7 @@ class Service:
 
         try:
             async with asyncio.timeout(rule.timeout_s):  # who waits for a thread in vain is never decoded
-                image, quality = await self.in_worker("decode", look)
+                image, quality = await self.timed("decode", self.in_worker(look))
         except asyncio.CancelledError:
             self.metrics.dropped.labels(reason="client_gone").inc()
             raise
@@ -171,7 +172,7 @@ class Service:
         for concern in judgement.refer_because:
             self.metrics.concerns.labels(reason=concern, version=manifest.version).inc()
         await self._record(request, data, judgement, manifest)
-        self.compare(image, judgement, rule.running)
+        self.compare(image, judgement, rule.running, rule.tta)
         return Answer(image, result, judgement)
 
     async def _run(self, image: DecodedImage, rule: Rule, *, timeout_s: float) -> Result:

@@ -87,7 +87,9 @@ class Settings(BaseSettings):
         120_000, ge=100, description="A forward pass that takes longer ends the process, for its supervisor to restart."
     )
     max_upload_bytes: int = Field(20_000_000, ge=1, description="Largest image file, bytes.")
-    max_pixels: int = Field(64_000_000, ge=1, description="Largest width × height of an image, pixels.")
+    max_pixels: int = Field(
+        64_000_000, ge=1, le=89_478_485, description="Largest width × height of an image, pixels; Pillow takes no more."
+    )
     max_batch_bytes: int = Field(
         100_000_000, ge=1, description="Largest body of /predict/batch and of V2's infer, bytes."
     )

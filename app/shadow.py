@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from app.batcher import DeadlineExceeded, MicroBatcher
 from app.engines.base import Engine
 from app.metrics import Metrics
+from app.model.flips import Tta
 from app.model.frame import lit_part
 from app.model.labels import OFF, Judgement, judge
 from app.model.manifest import Manifest
 from app.model.preprocess import DecodedImage
 from app.served import Running
 
-Compare = Callable[[DecodedImage, Judgement, Running], None]
+Compare = Callable[[DecodedImage, Judgement, Running, Tta], None]
 
 
 class Shadow:
@@ -52,15 +53,15 @@ class Shadow:
         self._batcher.fail("the server is stopping")
         await self._batcher.stop()
 
-    def compare(self, image: DecodedImage, answered: Judgement, running: Running) -> None:
+    def compare(self, image: DecodedImage, answered: Judgement, running: Running, tta: Tta) -> None:
         """Score an image later, unless there is other work: whoever waits for the served version has the device first.
 
         Args:
-            answered: what `running` made of it.
+            answered: what `running` made of it, by one pass or several.
         """
         if random.random() >= self._share:  # noqa: S311 - a sample, no secret
             return
-        if not self._can_be_compared(image, answered, running.manifest):
+        if tta != "none" or not self._can_be_compared(image, answered, running.manifest):
             self._drop("incomparable")
             return
         if running.batcher.depth or len(self._scoring) >= self._most:

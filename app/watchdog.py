@@ -17,7 +17,7 @@ def watch(
     """Look every quarter of `limit_s`, a second at most; returns what ends the watch.
 
     When the device is lost, a forward pass takes longer than `limit_s`, or the event loop does not answer for as long:
-    the batcher fails, so that /readyz is 503 and nobody is left waiting, and `on_failure` is called, once.
+    the batchers fail, so that /readyz is 503 and nobody is left waiting, and `on_failure` is called, once.
     """
     stopped = threading.Event()
     answered = time.monotonic()
@@ -26,17 +26,20 @@ def watch(
         nonlocal answered
         answered = time.monotonic()
 
+    def trouble() -> str | None:
+        batchers = served.batchers  # kept no longer than this look, so that a version that has ended is freed
+        if max(batcher.oldest_run_s for batcher in batchers) > limit_s:
+            return f"a forward pass has taken more than {limit_s:g} s"
+        if time.monotonic() - answered > limit_s:
+            return f"the event loop has not answered for more than {limit_s:g} s"
+        return next((batcher.failure for batcher in batchers if batcher.failure), None)
+
     def look() -> None:
         while not stopped.wait(min(1.0, limit_s / 4)):
-            batcher = served.now.batcher
-            reason = batcher.failure
-            if batcher.oldest_run_s > limit_s:
-                reason = f"a forward pass has taken more than {limit_s:g} s"
-            elif time.monotonic() - answered > limit_s:
-                reason = f"the event loop has not answered for more than {limit_s:g} s"
-            if reason:
+            if reason := trouble():
                 LOG.critical("the server cannot go on: %s", reason)
-                loop.call_soon_threadsafe(batcher.fail, reason)
+                for batcher in served.batchers:
+                    loop.call_soon_threadsafe(batcher.fail, reason)
                 on_failure(reason)
                 return
             loop.call_soon_threadsafe(answer)

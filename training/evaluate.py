@@ -1,7 +1,7 @@
 """Print how good a version is; metrics are pure functions of labels and scores.
 
 python -m training.evaluate                                            # what was held out while training
-python -m training.evaluate --data isic2019 --evidence runs/evidence   # images of another place, as served
+python -m training.evaluate --data /data/clinic --evidence runs/evidence   # images of another place, as served
 """
 
 import argparse
@@ -173,13 +173,15 @@ def evaluate_elsewhere(folder: Path, data: str) -> Figures:
     """The metrics of a version with two classes as it is served, on a folder less the twins of what it was trained on.
 
     Raises:
-        StoreError, or ValueError where the data is absent or the version has other than two classes.
+        StoreError, or ValueError where the data is absent or was trained on, or the version has other than two classes.
     """
     manifest = store.read_manifest(folder.parent.parent, folder.parent.name, folder.name)
     past = Config.model_validate(manifest.training_config)
     if "balanced" not in manifest.operating_points:
         raise ValueError(f"{folder} has other than two classes: only its held-out figures can be printed")
     seen = [name for name in (past.data.root, past.data.extra, *past.data.without) if name]
+    if data in seen:
+        raise ValueError(f"{folder} was trained on {data}: without --data its held-out figures are printed")
     spec = Data(
         root=data,
         classes=list(manifest.classes),

@@ -59,8 +59,8 @@ The full report is [report/report.html](report/report.html), the data are descri
 ## Training
 
 {split.training_images} images of {_folders(config)}, start `{config["model"]["start"]}`, {epochs} epochs, \
-{seconds / 60:.0f} minutes in all. The published weights are the exponential moving average at the last epoch; no \
-epoch was chosen by its held-out score. {_mixture(config)}The whole configuration is in `manifest.json`.
+{seconds / 60:.0f} minutes in all. The published weights are the exponential moving average at the last epoch. \
+{_stop(config, epochs)}{_mixture(config)}The whole configuration is in `manifest.json`.
 
 ![loss and ROC-AUC](report/history.png)
 
@@ -208,6 +208,16 @@ def _held_out(manifest: Manifest) -> str:
     return (
         f"Fold {split.held_out_fold} of {split.folds} ({split.held_out_images} images, near-duplicates kept together) "
         "was not trained on."
+    )
+
+
+def _stop(config: Mapping[str, Any], epochs: int) -> str:
+    planned = sum(phase["epochs"] for phase in config["phases"])
+    if epochs == planned:
+        return "No epoch was chosen by its held-out score. "
+    return (
+        f"Of {planned} epochs planned the run ended after {epochs}: it stops where the held-out log-loss has not "
+        f"improved for {config['optimisation']['patience']} epochs, so that its end was chosen by held-out scores. "
     )
 
 

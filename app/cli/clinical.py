@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from app.cli.see import evidence, judged, read, run
+from app.files import refuse_overwriting, write_whole
 from app.main import open_model
 from app.model.labels import NOTICE
 from app.model.preprocess import PREVIEW_SIDE
@@ -32,15 +33,16 @@ def _dicom(options: argparse.Namespace, settings: Settings) -> int:
 def write_dicom(file: Path, settings: Settings, *, sr: Path | None = None, capture: Path | None = None) -> int:
     """Classify one DICOM photograph; write a structured report of it, a Secondary Capture of its evidence, or both."""
     out = _dicom_out()
+    refuse_overwriting(file, *(path for path in (sr, capture) if path))
     model, source = open_model(settings), file.read_bytes()
     picture = read(source, model, settings, preview_side=PREVIEW_SIDE)
     [output] = run([picture], model, tta="none")
     judgement = judged(picture, output, model, settings)
     if sr:
-        sr.write_bytes(out.structured_report(source, judgement, model.manifest))
+        write_whole(sr, out.structured_report(source, judgement, model.manifest))
     if capture:
         png, description = evidence(picture, output, judgement, model)
-        capture.write_bytes(out.secondary_capture(source, png, model.manifest, description=description))
+        write_whole(capture, out.secondary_capture(source, png, model.manifest, description=description))
     chances = "  ".join(f"{name} {p:.3f}" for name, p in judgement.probabilities.items())
     reasons = [f"{'refer' if judgement.refer else 'note'}: {reason}" for reason in judgement.reasons]
     print("  ".join([f"{file}: {judgement.label}", chances, *reasons, *picture.image.warnings]))
@@ -53,4 +55,4 @@ def _dicom_out() -> ModuleType:
     try:
         return importlib.import_module("app.clinical.dicom_out")
     except ImportError as error:
-        raise RuntimeError("to write DICOM: pip install 'dermlens[clinical]'") from error
+        raise RuntimeError("to write DICOM: pip install '.[clinical]'") from error

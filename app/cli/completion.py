@@ -19,7 +19,7 @@ def _completion(options: argparse.Namespace, _: Settings) -> int:
     try:
         import shtab
     except ImportError as error:
-        raise ImportError("completion needs shtab: pip install 'dermlens[client]'") from error
+        raise ImportError("completion needs shtab: pip install '.[client]'") from error
     from app.cli import build_parser
 
     parser = build_parser()

@@ -6,6 +6,7 @@ from typing import Any
 
 from app.cli.see import judged, read, run
 from app.cli.tell import tell
+from app.files import refuse_overwriting, write_whole
 from app.main import open_model
 from app.model.labels import NOTICE, PREDICTED, check_choices
 from app.model.overlay import METHODS, aim, render
@@ -30,6 +31,7 @@ def add(commands: Any) -> None:
 
 
 def _explain(options: argparse.Namespace, settings: Settings) -> int:
+    refuse_overwriting(options.file, options.output)
     model = open_model(settings)
     check_choices(
         model.manifest,
@@ -54,7 +56,7 @@ def _explain(options: argparse.Namespace, settings: Settings) -> int:
         alpha=options.alpha,
         description=shown.description,
     )
-    options.output.write_bytes(overlay.png)
+    write_whole(options.output, overlay.png)
     evidence = "no evidence for it" if overlay.empty else f"peak {overlay.peak:.3g}"
     tell(
         options,

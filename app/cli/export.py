@@ -57,7 +57,7 @@ def _export(options: argparse.Namespace, settings: Settings) -> int:
 
         from app.model.onnx_graph import build_onnx
     except ModuleNotFoundError as error:
-        raise RuntimeError(f"there is no {error.name} here: pip install 'dermlens[onnx]'") from None
+        raise RuntimeError(f"there is no {error.name} here: pip install '.[onnx]'") from None
     loaded = store.load(settings.model_store, settings.model_name, options.version or current(settings)[0])
     manifest = loaded.manifest
     output = options.output or _triton_folder(options.triton, manifest) / "model.onnx"

@@ -20,7 +20,7 @@ from app.batcher import NotFinite
 from app.cli.clinical import write_dicom
 from app.cli.results import Rule, Table, row_of
 from app.cli.see import Picture, evidence, judged, read, run
-from app.files import images_in
+from app.files import images_in, write_whole
 from app.main import OpenModel, batch_size, open_model
 from app.model.flips import Tta
 from app.model.labels import NOTICE, OFF, check_choices
@@ -138,7 +138,7 @@ class _Report:
         outcome, overlay = scored.outcome, self._overlay_of(scored.path)
         if overlay is not None and isinstance(outcome, Prediction):
             try:
-                _write(overlay, scored.png)
+                write_whole(overlay, scored.png)
             except OSError as error:
                 outcome = error
         row = row_of(scored.path, outcome, overlay, tta=self._options.tta)
@@ -176,7 +176,8 @@ def _find(options: argparse.Namespace) -> tuple[list[Path], int]:
             paths.append(path)
     if not paths:
         deeper = "" if options.recursive else ", or use --recursive for their sub-folders"
-        raise ValueError(f"no image in {', '.join(map(str, options.paths))}: give folders of JPEG, PNG or WebP{deeper}")
+        places = ", ".join(map(str, options.paths))
+        raise ValueError(f"no image in {places}: give folders of JPEG, PNG, WebP or DICOM{deeper}")
     return list(dict.fromkeys(paths)), others
 
 
@@ -195,14 +196,6 @@ def _overlay_paths(options: argparse.Namespace, paths: list[Path]) -> Callable[[
         return Path(options.overlays) / inside.with_name(f"{inside.name}.png")
 
     return place
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(data)
-    part.replace(path)
 
 
 def _sentence(row: dict[str, Any]) -> str:

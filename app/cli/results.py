@@ -79,6 +79,7 @@ class Table(AbstractContextManager["Table"]):
             self._file = opened.enter_context(self._lock(path))
             kept, whole = self._read()
             self._done = {} if restart else {key_of(row): row for row in kept}
+            self._found: dict[str, dict[str, str]] = {}  # what `done` saw of a file
             if restart or not whole:
                 self._file = opened.enter_context(self._write_anew(self._done.values()))
             self._opened = opened.pop_all()
@@ -87,14 +88,19 @@ class Table(AbstractContextManager["Table"]):
         self._opened.close()
 
     def done(self, path: Path, rule: Rule, *, overlay: Path | None) -> bool:
-        """Whether the file, as it is now, was judged by this rule before, and drawn where `overlay` says."""
-        row = self._done.get((*about_file(path).values(), *astuple(rule)))
+        """Whether the file, as it is now, was judged by this rule before, and drawn where `overlay` says.
+
+        Its row will tell of the file as it is now: one that is changed before it is read is judged again next time.
+        """
+        about = self._found[str(path)] = about_file(path)
+        row = self._done.get((*about.values(), *astuple(rule)))
         return row is not None and (overlay is None or (row["overlay"] == cell(str(overlay)) and overlay.is_file()))
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Write one of `row_of`'s."""
         chances = {f"probability_{name}": value for name, value in (row["probabilities"] or {}).items()}
-        self._file.write(self._line({**row, **chances, **about_file(Path(row["file"]))}))
+        about = self._found.get(row["file"]) or about_file(Path(row["file"]))
+        self._file.write(self._line({**row, **chances, **about}))
         self._file.flush()
 
     def _lock(self, path: Path) -> IO[str]:

@@ -327,7 +327,7 @@ def _jpeg_ls_decoder() -> Callable[[bytes], tuple[bytearray, dict[str, int]]]:
     try:
         from jpeg_ls import decode_pixel_data
     except ImportError:
-        raise FormatNotServed("JPEG-LS takes pip install 'dermlens[clinical]', or send JPEG baseline") from None
+        raise FormatNotServed("JPEG-LS takes pip install '.[clinical]', or send JPEG baseline") from None
     decoder: Callable[[bytes], tuple[bytearray, dict[str, int]]] = decode_pixel_data
     return decoder
 

@@ -143,10 +143,11 @@ def context_lost(error: Exception) -> bool:
     """Whether an error of torch means that CUDA answers nothing any more in this process.
 
     After a fault in a kernel every call fails with "CUDA error: …" (CUDA runtime API, "sticky" errors); running out of
-    memory and a wrong argument leave the context as it was.
+    memory, a wrong argument and a call that is not allowed while a graph is captured leave the context as it was.
     """
     message = str(error)
-    return "CUDA error" in message and not any(mild in message for mild in ("out of memory", "invalid argument"))
+    mild = ("out of memory", "invalid argument", "stream is capturing")
+    return "CUDA error" in message and not any(words in message for words in mild)
 
 
 def build_decoder(name: DecoderName) -> JpegDecoder | None:

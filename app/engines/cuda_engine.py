@@ -36,6 +36,7 @@ class CudaEngine:
         self._largest = max(buckets)
         model = fold_batch_norm(from_version(version.manifest, version.weights)).requires_grad_(False)
         model = model.to("cuda", torch.float16).to(memory_format=torch.channels_last)
+        self._model = model  # the graphs hold the addresses of its weights, and no reference that keeps them
         size = version.manifest.preprocessing.size
         self._slots = Slots(_Slot(model, size=size, buckets=buckets) for _ in range(self.in_flight))
 
@@ -93,7 +94,8 @@ class _Slot:
             for _ in range(WARM_UP_RUNS):
                 forward()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=self._compute):
+            # A version is captured beside the one that serves: what other threads ask of the device must not end it
+            with torch.cuda.graph(graph, pool=pool, stream=self._compute, capture_error_mode="thread_local"):
                 self._outputs[bucket] = forward()
         self._graphs[bucket] = graph
         self._answers[bucket] = [torch.empty(output.shape, pin_memory=True) for output in self._outputs[bucket]]

@@ -26,12 +26,12 @@ class NvJpeg:
         """A whole JPEG file -> uint8[3,size,size] RGB, its EXIF turn not undone.
 
         Raises:
-            ValueError: the file is damaged, or of a kind that nvJPEG cannot decode.
+            ValueError: the file is damaged or of a kind that nvJPEG cannot decode, or the GPU has no memory for it.
         """
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         try:
             image = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=self._device)
-        except RuntimeError as error:
+            pixels: NDArray[np.uint8] = transforms.resize(image, [size, size], antialias=True).cpu().numpy()
+        except RuntimeError as error:  # a lost device too: the next forward pass will meet it
             raise ValueError("not decoded") from error
-        pixels: NDArray[np.uint8] = transforms.resize(image, [size, size], antialias=True).cpu().numpy()
         return pixels

@@ -75,6 +75,8 @@ def render(
     """
     small = Image.fromarray(evidence(cam))
     left, top, right, bottom = (round(edge) for edge in (lit or WHOLE).of(*preview.size))
+    left, top = min(left, preview.width - 1), min(top, preview.height - 1)  # of a very narrow one a pixel is left
+    right, bottom = max(right, left + 1), max(bottom, top + 1)
     strength = np.zeros((preview.height, preview.width), dtype=np.float32)
     shown = small.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
     strength[top:bottom, left:right] = np.asarray(shown).clip(0, 1)

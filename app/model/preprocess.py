@@ -3,6 +3,7 @@
 import io
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,7 +126,8 @@ def decode(
         crop_frame: leave a dark frame away before resizing; the preview keeps it.
         preview_side: longest side of a preview that keeps the aspect ratio, pixels; with 0 nobody will look, and the
             preview is what the model sees.
-        jpeg: decodes JPEGs of which no preview is wanted, in place of Pillow; ValueError for one that it cannot.
+        jpeg: decodes JPEGs of which neither a preview nor a part is wanted, in place of Pillow, which takes those that
+            are a ValueError to it.
 
     Raises:
         NotAnImage, ImageTooLarge, ImageTooSmall, FormatNotServed.
@@ -194,8 +196,13 @@ def _decode(
     mode = image.mode
     if mode == "CMYK":
         raise FormatNotServed("CMYK images are not served: convert to RGB, colour carries diagnostic weight")
-    if jpeg is not None and (picture.kind, mode) == ("JPEG", "RGB") and not preview_side:
-        image = Image.fromarray(jpeg(picture.body, size).transpose(1, 2, 0))
+    pixels = None
+    # It gives no more pixels than the model sees: too few for a part of them
+    if jpeg is not None and (picture.kind, mode) == ("JPEG", "RGB") and not (preview_side or crop_frame):
+        with suppress(ValueError):
+            pixels = jpeg(picture.body, size)
+    if pixels is not None:
+        image = Image.fromarray(pixels.transpose(1, 2, 0))
     else:
         # libjpeg scales by 1/2, 1/4 or 1/8 inside the DCT: a 12-megapixel photograph costs a fraction of a full
         # decode; other formats know no draft
@@ -236,18 +243,20 @@ def shrink(
         width, height: pixels, upright, as uploaded.
         turn: what makes `image` upright.
     """
-    squares, previews = [], []
-    for part in _upright(image, turn):
-        squares.append(part.resize((size, size), Image.Resampling.BILINEAR))
-        if preview_side and max(part.size) > preview_side:
-            part.thumbnail((preview_side, preview_side), Image.Resampling.BILINEAR, reducing_gap=REDUCING_GAP)
-        previews.append(part if preview_side else squares[-1])
-    pixels, preview = _array(squares), _joined(previews)
+    squares = [part.resize((size, size), Image.Resampling.BILINEAR) for part in _upright(image, turn)]
+    pixels, preview = _array(squares), _joined(squares)
     warnings = _warnings(mode, width, height)
     if lit := lit_part(pixels) if crop_frame else None:
         parts = _upright(image, turn)
         pixels = _array([p.resize((size, size), Image.Resampling.BILINEAR, box=lit.of(*p.size)) for p in parts])
         warnings = (*warnings, "a dark frame was cropped away")
+    if preview_side:
+        previews = []
+        for part in _upright(image, turn):  # last, because `part` may be the image itself
+            if max(part.size) > preview_side:
+                part.thumbnail((preview_side, preview_side), Image.Resampling.BILINEAR, reducing_gap=REDUCING_GAP)
+            previews.append(part)
+        preview = _joined(previews)
     return DecodedImage(pixels, preview, width=width, height=height, format=kind, warnings=warnings, lit=lit)
 
 

@@ -14,11 +14,16 @@ from numpy.typing import NDArray
 from app.engines.base import Output
 from app.engines.openvino_engine import OpenVinoEngine
 from app.main import create_app
+from app.protocol import GuardedProtocol
 from app.settings import Settings
 from tests.app.test_served import until
 from tests.conftest import JPEG, running
 
 HEAD = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\ncontent-length: 1000000\r\n\r\n"
+
+
+class Hasty(GuardedProtocol):
+    client_timeout_s = 0.5
 
 
 class Held:
@@ -42,7 +47,7 @@ def busy(careful_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple
 
     monkeypatch.setattr(OpenVinoEngine, "run", wait)
     app = create_app(Settings(model_store=careful_store, max_queue=1, max_batch=1, precision="float32"))
-    with running(app) as port:
+    with running(app, http=Hasty) as port:
         held.began.clear()
         try:
             yield f"http://127.0.0.1:{port}", port, held
@@ -144,3 +149,13 @@ def test_a_refused_request_that_ends_its_connection_ends_it(full: tuple[str, int
         answer = b"".join(iter(lambda: sock.recv(65_536), b"")).decode().lower()
     assert answer.startswith("http/1.1 503")
     assert "connection: close" in answer
+
+
+def test_a_refused_client_that_never_ends_its_body_is_cut_off(full: tuple[str, int]) -> None:
+    _, port = full
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.settimeout(10)
+        sock.sendall(HEAD)
+        assert sock.recv(65_536).startswith(b"HTTP/1.1 503")
+        sock.sendall(bytes(1000))
+        assert sock.recv(65_536) == b""

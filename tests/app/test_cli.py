@@ -80,6 +80,12 @@ def test_explain_writes_a_picture(image: Path, tmp_path: Path, capsys: pytest.Ca
     assert "Grad-CAM for benign" in capsys.readouterr().out
 
 
+def test_explain_never_overwrites_the_image(image: Path, lesion: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("explain", image, "-o", image.parent / "." / image.name) == 2
+    assert "would overwrite" in capsys.readouterr().err
+    assert image.read_bytes() == lesion
+
+
 @pytest.mark.parametrize("method", ["integrated-gradients", "occlusion"])
 @pytest.mark.usefixtures("careful")
 def test_explain_draws_by_other_methods(

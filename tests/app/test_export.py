@@ -156,7 +156,7 @@ def test_without_the_extra_it_names_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert run("export", "-o", tmp_path / "x.onnx") == 2
-    assert capsys.readouterr().err.endswith("pip install 'dermlens[onnx]'\n")
+    assert capsys.readouterr().err.endswith("pip install '.[onnx]'\n")
 
 
 def test_a_file_that_does_not_do_what_the_server_does_is_not_written(

@@ -49,3 +49,14 @@ def test_a_file_that_was_torn_in_its_first_line_is_begun_anew(tmp_path: Path) ->
     with pytest.raises(ValueError, match="has other columns"):
         Table(out, ["a", "c"])
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_a_file_that_is_changed_after_it_was_handed_out_is_judged_again(tmp_path: Path) -> None:
+    image = tmp_path / "a.jpg"
+    image.write_bytes(b"x")
+    with Table(tmp_path / "out.csv", ["a"]) as table:
+        assert not table.done(image, RULE, overlay=None)
+        image.write_bytes(b"another")
+        table.add(row_of(image, ValueError("bad")) | {"error": None, "version": "1"})
+    with Table(tmp_path / "out.csv", ["a"]) as table:
+        assert not table.done(image, RULE, overlay=None)

@@ -19,15 +19,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from fastapi.testclient import TestClient
+from numpy.typing import NDArray
 
-from app.engines.base import DeviceLost, context_lost
+from app.engines.base import DeviceLost, Output, context_lost
 from app.engines.cuda_engine import CudaEngine
 from app.main import create_app
 from app.model import store
 from app.served import Running
 from app.settings import Settings
 from tests.app.test_serve import free_port
-from tests.conftest import JPEG, NAME, ROOT, make_manifest, make_rule
+from tests.conftest import JPEG, NAME, ROOT, Quick, make_manifest, make_rule
 
 
 @pytest.fixture
@@ -225,6 +226,34 @@ def test_a_device_that_is_gone_turns_the_server_unready_and_ends_it(
         assert process.wait(10) == 70
 
 
+def test_a_replaced_version_that_hangs_ends_the_server_and_keeps_it_from_nothing_else(
+    quick_store: Path, lesion: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs, goes_on, gone, run = threading.Event(), threading.Event(), list[str](), Quick.run
+
+    def hang(self: Quick, images: NDArray[np.uint8]) -> Output:
+        if self._value == 1 and images.any():  # warm-up runs on zeros
+            hangs.set()
+            goes_on.wait(60)
+        return run(self, images)
+
+    monkeypatch.setattr(Quick, "run", hang)
+    settings = Settings(model_store=quick_store, reload_ms=1, max_batch=1, stuck_ms=1000)
+    try:
+        with ThreadPoolExecutor(1) as pool, TestClient(create_app(settings, on_failure=gone.append)) as client:
+            waiting = pool.submit(client.post, "/predict", content=lesion, headers=JPEG)
+            assert hangs.wait(10)
+            store.promote(quick_store, NAME, "2")
+            until(lambda: 'version="2"' in client.get("/metrics").text, "version 2")
+            assert waiting.result().status_code == 503
+            assert client.get("/readyz").status_code == 503
+            leaving = time.monotonic()
+        assert time.monotonic() - leaving < 10
+    finally:
+        goes_on.set()
+    assert gone == ["a forward pass has taken more than 1 s"]
+
+
 def test_a_server_whose_device_is_gone_can_still_be_stopped(careful_store: Path, lesion: bytes) -> None:
     with faulty(careful_store, "threading.Event().wait()") as (process, url), ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(httpx2.post, f"{url}/predict", content=lesion, headers=JPEG)
@@ -241,6 +270,7 @@ def test_a_server_whose_device_is_gone_can_still_be_stopped(careful_store: Path,
         ("CUDA error: device-side assert triggered", True),
         ("CUDA error: out of memory", False),
         ("CUDA error: invalid argument", False),
+        ("CUDA error: operation not permitted when stream is capturing", False),
         ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
         ("The size of tensor a (3) must match the size of tensor b (4)", False),
     ],

@@ -233,3 +233,10 @@ def test_who_waits_for_the_served_version_goes_first(
         counted = ("dermlens_shadow_pairs_total", "dermlens_shadow_dropped_total")
         until(lambda: sum(series(client, name) for name in counted) == 3, "each is scored or dropped")
         assert series(client, 'dermlens_shadow_dropped_total{reason="busy"}') >= 1
+
+
+def test_a_mean_of_several_passes_is_not_compared_with_one(root: Path, lesion: bytes) -> None:
+    with server(root) as client:
+        assert client.post("/predict?tta=flips", content=lesion, headers=JPEG).status_code == 200
+        until(lambda: series(client, 'dermlens_shadow_dropped_total{reason="incomparable"}') == 1, "left out")
+        assert series(client, "dermlens_shadow_pairs_total") == 0

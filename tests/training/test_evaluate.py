@@ -102,3 +102,5 @@ def test_a_version_is_measured_elsewhere_as_it_is_served(
     assert rows["accuracy"] == pytest.approx(float((positive == dataset.labels.numpy()).mean()), abs=1e-6)
     with pytest.raises(SystemExit, match="no folder"):
         main(["--store", str(tmp_path), "--version", "1", "--data", "nowhere"])
+    with pytest.raises(SystemExit, match="was trained on home"):
+        main(["--store", str(tmp_path), "--version", "1", "--data", "home"])

@@ -181,13 +181,27 @@ def test_predict_writes_the_report_of_one_file_alone(unfit: list[str], capsys: p
     assert f"without {unfit[0]}" in told
 
 
+@pytest.mark.parametrize(
+    "outputs", [["--sr", "a.dcm"], ["--overlay", "a.dcm"], ["--sr", "b.dcm", "--overlay", "b.dcm"]]
+)
+def test_no_file_is_overwritten_by_what_comes_of_it(
+    outputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.dcm").write_bytes(SOURCE)
+    assert dermlens("dicom", "a.dcm", *outputs) == 2
+    assert "would overwrite" in capsys.readouterr().err
+    assert Path("a.dcm").read_bytes() == SOURCE
+    assert not Path("b.dcm").exists()
+
+
 def test_without_the_extra_the_command_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delitem(sys.modules, "app.clinical.dicom_out")
     monkeypatch.setitem(sys.modules, "highdicom", None)
     assert dermlens("dicom", "x.dcm", "--sr", "sr.dcm") == 2
-    assert capsys.readouterr().err == "dermlens: to write DICOM: pip install 'dermlens[clinical]'\n"
+    assert capsys.readouterr().err == "dermlens: to write DICOM: pip install '.[clinical]'\n"
 
 
 def test_without_anything_to_write_it_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.model.frame import Box
 from app.model.labels import NOTICE, OFF, judge
 from app.model.overlay import Method, Overlay, Style, aim, evidence, render
 from tests.conftest import make_manifest
@@ -81,3 +82,10 @@ def test_the_target_is_the_decision_or_the_class_that_was_named(
     judgement = judge(np.zeros(2, np.float32), manifest, "balanced", coverage=OFF)
     aimed = aim(target, method, judgement=judgement, manifest=manifest)
     assert (aimed.label, aimed.index, aimed.description) == (label, manifest.classes.index(label), description)
+
+
+@pytest.mark.parametrize("lit", [Box(0, 0, 0.46, 1), Box(0.55, 0, 1, 1), Box(0, 0.4, 1, 0.45)])
+def test_a_part_that_is_narrower_than_a_pixel_is_drawn_in_one(lit: Box) -> None:
+    for size in ((1, 1024), (1024, 1)):
+        overlay = render(CAM, Image.new("RGB", size), lit=lit, style="heatmap", alpha=1, description="why")
+        assert Image.open(io.BytesIO(overlay.png)).size == size

@@ -9,7 +9,7 @@ from PIL import Image
 
 from app.model import preprocess
 from app.model.preprocess import FormatNotServed, ImageTooLarge, ImageTooSmall, NotAnImage, decode
-from tests.conftest import SHARED_DATA, encode
+from tests.conftest import SHARED_DATA, encode, framed
 from training.drawn import draw_lesion
 
 
@@ -111,15 +111,28 @@ def test_another_jpeg_decoder_takes_pillows_place_and_no_more(orientation: int) 
     for untouched in (encode(draw_lesion(1, 7), "PNG"), encode(draw_lesion(1, 7).convert("L"), "JPEG")):
         decode(untouched, jpeg=other)
     decode(data, jpeg=other, preview_side=1024)  # a person wants to see more than the square
+    decode(data, jpeg=other, crop_frame=True)  # of a part there would be too few pixels
     assert len(seen) == 1
 
 
-def test_what_another_jpeg_decoder_cannot_decode_is_no_image() -> None:
+def test_pillow_decodes_what_another_jpeg_decoder_cannot() -> None:
     def broken(data: bytes, size: int) -> np.ndarray:
         raise ValueError(f"{len(data)} {size}")
 
+    data = encode(draw_lesion(1, 7), "JPEG")
+    assert np.array_equal(decode(data, jpeg=broken).pixels, decode(data).pixels)
     with pytest.raises(NotAnImage, match="truncated or damaged"):
-        decode(encode(draw_lesion(1, 7), "JPEG"), jpeg=broken)
+        decode(data[: len(data) // 2], jpeg=broken)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_preview_changes_nothing_of_what_the_model_sees(kind: str) -> None:
+    data = encode(framed(draw_lesion(1, 7, size=(1500, 1100))), kind)
+    seen, shown = (decode(data, crop_frame=True, preview_side=side) for side in (0, 256))
+    assert seen.lit is not None
+    assert seen.lit == shown.lit
+    assert max(shown.preview.size) == 256
+    assert np.array_equal(seen.pixels, shown.pixels)
 
 
 def test_the_preview_keeps_the_aspect_ratio_within_its_bound() -> None:
