@@ -1,6 +1,6 @@
 """Build the network of a run and give it its start."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +87,7 @@ def from_run(run_dir: Path) -> tuple[Config, LesionNet]:
     return run.config, model.eval()
 
 
-def build(spec: Model, *, classes: int, seed: int, images: Tensor) -> LesionNet:
+def build(spec: Model, *, classes: Sequence[str], seed: int, images: Tensor) -> LesionNet:
     """The network of a run with its start loaded; new layers are drawn from `seed`.
 
     Args:
@@ -98,12 +98,12 @@ def build(spec: Model, *, classes: int, seed: int, images: Tensor) -> LesionNet:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = network(spec, classes=classes)
+        model = network(spec, classes=len(classes))
     if spec.start == "random":
         measure_batch_norm(model, images)
         return model
     if spec.start.startswith(VERSION):
-        load_start(model, spec.start)
+        load_start(model, spec.start, classes=classes)
         return model
     state = _read_start(spec.start)
     if spec.backbone != "resnet50":

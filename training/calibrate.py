@@ -70,11 +70,7 @@ def cross_fitted(
     Raises:
         ValueError: a class has fewer than two images.
     """
-    smallest = int(np.bincount(labels, minlength=logits.shape[1]).min())
-    if smallest < 2:
-        raise ValueError(
-            f"a class has {smallest} held-out images, and a calibration needs 2: fewer folds, or more data"
-        )
+    smallest = check_calibration(labels, classes=logits.shape[1])
     if folds is None or len(np.unique(folds)) == 1:
         pieces = min(pieces, smallest)
         splits = list(StratifiedKFold(pieces, shuffle=True, random_state=0).split(logits, labels))
@@ -92,6 +88,16 @@ def cross_fitted(
         for coverage, members in judged.sets.items():
             result.sets[coverage][mine] = members
     return result
+
+
+def check_calibration(labels: Labels, *, classes: int) -> int:
+    """The images [N] of the smallest class; raises ValueError where they are too few to be judged by one another."""
+    smallest = int(np.bincount(labels, minlength=classes).min())
+    if smallest < 2:
+        raise ValueError(
+            f"a class has {smallest} held-out images, and a calibration needs 2: fewer folds, or more data"
+        )
+    return smallest
 
 
 def fit_temperature(labels: Labels, logits: NDArray[np.float32]) -> float:

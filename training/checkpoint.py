@@ -20,10 +20,18 @@ from training.config import Config
 CHECKPOINT = "checkpoint.safetensors"
 
 
+class Fingerprints(NamedTuple):
+    """Which images, in which folds, a run has seen: as in `Dataset`."""
+
+    every: str
+    root: str
+
+
 class Run(NamedTuple):
     config: Config
     history: list[dict[str, float]]
     weights: dict[str, NDArray[np.generic]]  # EMA, as they will be stored
+    fingerprints: Fingerprints
 
 
 def save_checkpoint(
@@ -33,25 +41,35 @@ def save_checkpoint(
     ema: AveragedModel,
     optimizer: torch.optim.Optimizer,
     history: list[dict[str, float]],
+    fingerprints: Fingerprints,
 ) -> None:
     """One safetensors file, replaced atomically: weights, EMA and optimiser state, the rest in its header."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items()}
-    header = {"config": config.model_dump_json(), "history": json.dumps(history)}
+    header = {
+        "config": config.model_dump_json(),
+        "history": json.dumps(history),
+        "fingerprints": json.dumps(fingerprints),
+    }
     partial = path.with_suffix(".partial")
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=header)
     os.replace(partial, path)
 
 
 def load_checkpoint(
-    path: Path, config: Config, model: LesionNet, ema: AveragedModel, optimizer: torch.optim.Optimizer
+    path: Path,
+    config: Config,
+    model: LesionNet,
+    ema: AveragedModel,
+    optimizer: torch.optim.Optimizer,
+    fingerprints: Fingerprints,
 ) -> list[dict[str, float]]:
     """Restore everything that `save_checkpoint` wrote; an absent file is an empty history.
 
     Raises:
-        ValueError: the checkpoint belongs to another config.
+        ValueError: the checkpoint belongs to another config, or to other images.
     """
     if not path.exists():
         return []
@@ -59,6 +77,8 @@ def load_checkpoint(
         header = file.metadata()
         if Config.model_validate_json(header["config"]) != config:
             raise ValueError(f"{path} was made with another config: give another --run-dir, or delete it")
+        if _fingerprints(header) != fingerprints:  # one image more or less, and all folds are others
+            raise ValueError(f"{path} has seen other images than are here now: give another --run-dir, or delete it")
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
         for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
             part, name = key.split(".", 1)
@@ -92,7 +112,12 @@ def read_run(run_dir: Path) -> Run:
             if key.startswith(prefix) and not name.endswith("num_batches_tracked"):
                 array = file.get_tensor(key)
                 weights[name] = array.astype(np.float16) if array.ndim > 1 else array
-    return Run(Config.model_validate_json(header["config"]), json.loads(header["history"]), weights)
+    config = Config.model_validate_json(header["config"])
+    return Run(config, json.loads(header["history"]), weights, _fingerprints(header))
+
+
+def _fingerprints(header: dict[str, str]) -> Fingerprints:
+    return Fingerprints(*json.loads(header["fingerprints"]))
 
 
 def write_history(run_dir: Path, history: list[dict[str, float]]) -> None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from app.model.frame import lit_part
 from app.model.preprocess import FORMATS, ImageError, decode
+from training.checkpoint import Fingerprints
 from training.config import Data, data_dir
 from training.drawn import draw_dataset
 
@@ -36,6 +37,10 @@ class Dataset:
     extra: NDArray[np.bool_]  # [N], whether from `data.extra`
     fingerprint: str  # SHA-256 over names, contents and folds
     root_fingerprint: str  # the same of the images of `data.root` alone
+
+    @property
+    def fingerprints(self) -> Fingerprints:
+        return Fingerprints(self.fingerprint, self.root_fingerprint)
 
     def split(self, held_out_fold: int) -> "Split":
         """Indices of the training images and of the held-out fold; fold −1 holds nothing out."""
@@ -85,6 +90,10 @@ def load_dataset(spec: Data, *, seed: int, progress: bool = True) -> Dataset:
         groups = near_duplicates(torch.stack(lit))
         kept &= ~np.isin(groups, groups[source == "without"])
         kept &= (source == "root") | ~np.isin(groups, groups[source == "root"])
+    if not kept[source == "root"].any():
+        raise ValueError(
+            f"every image of {spec.root} has a twin in {', '.join(spec.without)}: give images that are new"
+        )
     folds = np.full(len(files), -1)
     # Each folder has folds of its own, so that those of `root` are the same with and without extra
     for part in ("root", "extra"):

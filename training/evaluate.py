@@ -74,6 +74,12 @@ def calibration_error(labels: Labels, probabilities: Floats, *, bins: int = 15) 
     return float(sum(gaps) / len(labels))
 
 
+def calibration_floor(probabilities: Floats, *, draws: int = 200, seed: int = 0) -> float:
+    """What `calibration_error` is on average where the probabilities [N] are right: more for fewer images."""
+    drawn = np.random.default_rng(seed).random((draws, len(probabilities))) < probabilities
+    return float(np.mean([calibration_error(labels.astype(np.int64), probabilities) for labels in drawn]))
+
+
 def equal_mass_bins(probabilities: Floats, *, bins: int = 15) -> list[NDArray[np.int64]]:
     """Indices of the images in each of at most `bins` bins that hold the same number of them, lowest first."""
     return [part for part in np.array_split(np.argsort(probabilities, kind="stable"), bins) if len(part)]
@@ -87,13 +93,19 @@ def with_intervals(
     *,
     seed: int = 0,
 ) -> dict[str, Metric]:
-    """Each metric with its 95% percentile interval over bootstrap resamples of the images."""
+    """Each metric with its 95% percentile interval over bootstrap resamples of the images.
+
+    Of more than two classes each is resampled on its own: with many small ones hardly a draw would hold them all.
+    """
     rng = np.random.default_rng(seed)
-    classes = len(np.unique(labels))
+    members = [np.flatnonzero(labels == kind) for kind in np.unique(labels)]
     drawn: list[dict[str, float]] = []
     while len(drawn) < RESAMPLES:
-        pick = rng.integers(len(labels), size=len(labels))
-        if len(np.unique(labels[pick])) == classes:  # without one of them ROC-AUC has no value
+        if len(members) > 2:
+            pick = np.concatenate([rng.choice(kind, len(kind)) for kind in members])
+        else:
+            pick = rng.integers(len(labels), size=len(labels))
+        if len(np.unique(labels[pick])) == len(members):  # without one of them ROC-AUC has no value
             drawn.append(measure(labels[pick], probabilities[pick], decided[pick]))
     result = {}
     for name, value in measure(labels, probabilities, decided).items():

@@ -28,10 +28,18 @@ from app.model.manifest import (
 from training.calibrate import COVERAGES, Calibration, Judged, cross_fitted, fit, judge
 from training.data import load_dataset
 from training.evaluate import print_metrics
-from training.held_out import SIZE, HeldOut, measure, predict_held_out, predictions_csv, read_finished
+from training.held_out import (
+    SIZE,
+    HeldOut,
+    measure,
+    predict_held_out,
+    predictions_csv,
+    read_finished,
+    refuse_other_images,
+)
+from training.model_card import licence
 from training.report import PREDICTIONS, write_report
 
-LICENCE = "Apache-2.0 (weights and code); trained on ISIC images, CC-0 and CC-BY-NC"
 EVIDENCE = ("*.csv", "comparison/*.csv", "contact_sheet.png")  # what the report shows beside the held-out figures
 
 
@@ -52,7 +60,7 @@ def export(
         evidence: folder of what the other commands measured, copied into the report.
 
     Raises:
-        ValueError: a run is not finished, or `folds` are not of its recipe.
+        ValueError: a run is not finished, `folds` are not of its recipe, or the images are not those that it has seen.
         VersionExists: versions never change.
     """
     run = read_finished(run_dir)
@@ -66,9 +74,13 @@ def export(
     for fold in folds:
         if read_finished(fold).config.with_fold(-1) != config:
             raise ValueError(f"{fold} is not a fold of {run_dir}: its recipe differs")
+        if len(read_finished(fold).history) < config.epochs:
+            raise ValueError(f"{fold} ended before its last epoch, which a run that holds nothing out never does")
+    dataset = load_dataset(config.data, seed=config.seed)
+    for trained in (run_dir, *folds):
+        refuse_other_images(trained, read_finished(trained), dataset)
     held_out = predict_held_out(folds or [run_dir])
     home, abroad = held_out.part(extra=False), held_out.part(extra=True)
-    dataset = load_dataset(config.data, seed=config.seed)
     classes = tuple(config.data.classes)
     held_out_folds = len(np.unique(home.folds))
     where = f"{len(home.names)} images of {config.data.root}, held out in {held_out_folds} of {config.data.folds} folds"
@@ -108,7 +120,7 @@ def export(
         ),
         training_config=config.model_dump(mode="json"),
         git_commit=_git_commit(),
-        licence=LICENCE,
+        licence=licence([folder for folder in (config.data.root, config.data.extra) if folder]),
         files={},
     )
     files = {}

@@ -62,7 +62,7 @@ def predict_held_out(run_dirs: Sequence[Path], *, size: int = SIZE, progress: bo
         size: pixels that the images are resized to.
 
     Raises:
-        ValueError: a run is missing or unfinished, or the runs are not folds of one recipe.
+        ValueError: a run is missing or unfinished, the runs are not folds of one recipe, or their images are not here.
     """
     runs = [read_finished(run_dir) for run_dir in run_dirs]
     recipes = {run.config.with_fold(0).model_dump_json() for run in runs}
@@ -75,6 +75,7 @@ def predict_held_out(run_dirs: Sequence[Path], *, size: int = SIZE, progress: bo
         cache = run_dir / (CACHE if size == SIZE else f"held_out_{size}.csv")
         if not cache.is_file() or cache.stat().st_mtime < (run_dir / CHECKPOINT).stat().st_mtime:
             dataset = dataset or load_dataset(run.config.data, seed=run.config.seed, progress=progress)
+            refuse_other_images(run_dir, run, dataset)
             _write(cache, run_dir, dataset, run.config.data.held_out_fold, size=size)
         parts.append(_read(cache))
     return HeldOut(
@@ -84,6 +85,14 @@ def predict_held_out(run_dirs: Sequence[Path], *, size: int = SIZE, progress: bo
         extra=np.concatenate([part.extra for part in parts]),
         logits=np.concatenate([part.logits for part in parts]),
     )
+
+
+def refuse_other_images(run_dir: Path, run: Run, dataset: Dataset) -> None:
+    """Raise ValueError where the images are not those that a run has seen and held out."""
+    if run.fingerprints != dataset.fingerprints:
+        raise ValueError(
+            f"{run_dir} has seen other images than are here now, in other folds: bring them back, or train"
+        )
 
 
 def read_finished(run_dir: Path) -> Run:

@@ -32,7 +32,7 @@ from training.data import assign_folds, near_duplicates
 from training.drawn import draw_cases
 from training.evaluate import Floats, Labels, served_logits, with_intervals
 from training.export import publish_again
-from training.published import load_version
+from training.published import load_trained, load_version
 from training.tables import write_csv
 
 UNITS = 8  # of the hidden layer
@@ -96,6 +96,24 @@ def read_table(path: Path, *, classes: Sequence[str], prepared: Preprocessing) -
         raise ValueError(f"{path} names no image")
     stacked = torch.stack(images)
     return Cases(stacked, np.array(labels), known, near_duplicates(stacked), f"images of {path.name}")
+
+
+def refuse_trained_on(source: Path, cases: Cases) -> bool:
+    """Whether the images that the version in `source` was trained on are here to compare with.
+
+    Raises:
+        ValueError: a case is one of them, or a near-duplicate.
+    """
+    try:
+        version, _, dataset = load_trained(source)
+    except ValueError:
+        return False
+    seen = dataset.images[dataset.split(version.manifest.split.held_out_fold).training]
+    groups = near_duplicates(torch.cat([cases.images, seen]))
+    twins = int(np.isin(groups[: len(cases.images)], groups[len(cases.images) :]).sum())
+    if twins:
+        raise ValueError(f"{twins} of the images trained {source}, or are near-duplicates of such: give new ones")
+    return True
 
 
 def drop_fields(codes: Tensor, generator: torch.Generator) -> Tensor:
@@ -220,6 +238,8 @@ def main(arguments: list[str] | None = None) -> None:
         manifest = load_version(options.version).manifest
         if options.table:
             cases = read_table(options.table, classes=manifest.classes, prepared=manifest.preprocessing)
+            if not refuse_trained_on(options.version, cases):
+                print("not checked: whether the images are new, since those that trained the version are not here")
         else:
             cases = drawn_cases(options.drawn, size=manifest.preprocessing.size, effect=options.effect)
         about, folder = run(options.version, cases, options.out, into=options.publish)

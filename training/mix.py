@@ -52,12 +52,12 @@ def other_run(run: Run, path: Path) -> Run:
         ValueError: it is missing or unfinished, or may have been trained on what the run has held out.
     """
     other = read_finished(path)
-    ours, theirs = run.config, other.config
-    keys = ("root", "classes", "folds", "held_out_fold")
-    if ours.seed != theirs.seed or any(getattr(ours.data, key) != getattr(theirs.data, key) for key in keys):
-        raise ValueError(f"{path} may have been trained on what the run holds out: their data sections or seeds differ")
-    if theirs.data.extra not in (None, ours.data.extra):
-        raise ValueError(f"{path} was trained with {theirs.data.extra}, of which the run knows nothing")
+    ours, theirs = run.config.data, other.config.data
+    if theirs.extra not in (None, ours.extra):
+        raise ValueError(f"{path} was trained with {theirs.extra}, of which the run knows nothing")
+    same = run.fingerprints == other.fingerprints if theirs.extra else run.fingerprints.root == other.fingerprints.root
+    if not same or (ours.classes, ours.held_out_fold) != (theirs.classes, theirs.held_out_fold):
+        raise ValueError(f"{path} may have been trained on what the run holds out: their images, folds or seeds differ")
     return other
 
 
@@ -70,7 +70,7 @@ def write_mixed(run: Run, start: Weights, share: float, out: Path, *, mixed_with
     model.load_state_dict(model.state_dict() | mixed(run, start, share))
     out.mkdir(parents=True, exist_ok=True)
     nothing = torch.optim.AdamW(model.parameters())
-    save_checkpoint(out / CHECKPOINT, config, model, AveragedModel(model), nothing, run.history)
+    save_checkpoint(out / CHECKPOINT, config, model, AveragedModel(model), nothing, run.history, run.fingerprints)
     write_history(out, run.history)
 
 

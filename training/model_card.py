@@ -1,6 +1,6 @@
 """MODEL_CARD.md and DATA_CARD.md, generated from the manifest; their figures are never typed by hand."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from app.model.labels import NOTICE
@@ -8,19 +8,35 @@ from app.model.manifest import Manifest, Metric
 
 LIMITS = (
     "**Research use only.** It is not a medical device and must not decide about a patient.",
-    "It has seen curated dermoscopic images, squashed to 224×224. Clinical photographs, other devices, other clinics "
-    "and rare lesion types degrade it.",
-    "**Dark skin is nearly absent** from the training data. On DDI, a model trained on similar data scored a ROC-AUC "
-    "of 0.72 on light and 0.57 on dark skin (Daneshjou et al. 2022).",
-    "Surgical ink and rulers are shortcuts: ink raised false positives by about 40 points in PMC6694463.",
-    "The data sets hold near-duplicate frames and no patient identifiers. Folds keep images together whose thumbnails "
-    "correlate above 0.97; other images of one patient may still lie on both sides.",
-    "A class-activation map shows where the model's evidence lies at 14×14, not whether the evidence is right.",
+    "It has seen the images of its data card, squashed to a square. Other kinds of photographs, devices, clinics and "
+    "lesions degrade it.",
+    "Folds keep near-duplicates together (thumbnails that correlate above 0.97); other images of one patient may still "
+    "lie on both sides.",
+    "A class-activation map shows where the model's evidence lies, coarsely, and not whether the evidence is right.",
 )
+LIMITS_OF_ISIC = (
+    "**Dark skin is nearly absent** from the ISIC images that it has seen. On DDI, a model trained on similar data "
+    "scored a ROC-AUC of 0.72 on light and 0.57 on dark skin (Daneshjou et al. 2022).",
+    "Surgical ink and rulers are shortcuts: ink raised false positives by about 40 points in PMC6694463.",
+)
+LICENCE_OF_ISIC = "trained on ISIC images, CC-0 and CC-BY-NC"
 SOURCES = {
     "isic2020/train": "the paper's training images, ISIC archive, 224×224 JPEG, squashed to a square by their makers",
     "isic2019": "images of three further sources in ISIC 2019 (HAM10000, BCN20000, MSK), shorter side 224",
 }
+
+
+def limits(manifest: Manifest) -> tuple[str, ...]:
+    """What is to be said against a version, whatever it was trained on and started from."""
+    data = manifest.training_config["data"]
+    seen = {data["root"], data.get("extra"), *data.get("without", ())}
+    return LIMITS + (LIMITS_OF_ISIC if seen & SOURCES.keys() else ())
+
+
+def licence(folders: Collection[str]) -> str:
+    """Of weights that were trained on images in these folders."""
+    images = LICENCE_OF_ISIC if set(folders) <= SOURCES.keys() else "what the licence of the images asks is not stated"
+    return f"Apache-2.0 (weights and code); {images}"
 
 
 def metric_table(metrics: Mapping[str, Metric]) -> str:
@@ -88,7 +104,7 @@ referred.
 {_refusal(manifest)}{_beside(manifest)}{_int8(manifest)}
 ## Limits
 
-{_list(LIMITS)}
+{_list(limits(manifest))}
 """
 
 
@@ -170,6 +186,15 @@ def data_card(manifest: Manifest, counts: Mapping[str, Mapping[str, int]], *, sk
     """
     split = manifest.split
     header = " | ".join(manifest.classes)
+    origin = "Where the images come from, and under which licence, is not stated."
+    if counts.keys() <= SOURCES.keys():
+        origin = (
+            "Licence of the images: CC-0 and CC-BY-NC (ISIC archive). They are not distributed with this model. No "
+            "image of the paper's test set was used, looked for or seen.\n\n"
+            f"{skin}\n"
+            "There are no patient identifiers, no age, sex or site, and labels were taken as they are; a part of the "
+            "benign ones was never confirmed by histology."
+        )
     rows = "\n".join(
         " | ".join([f"| `{source}`", *(str(kinds.get(name, 0)) for name in manifest.classes), SOURCES.get(source, "")])
         + " |"
@@ -188,12 +213,7 @@ Images that its figures were measured on, each held out by the network that judg
 folder that resemble the first one's so closely are left out. SHA-256 over names, contents and folds:
 `{split.fingerprint}`.
 
-Licence of the images: CC-0 and CC-BY-NC (ISIC archive). They are not distributed with this model. No image of the
-paper's test set was used, looked for or seen.
-
-{skin}
-There are no patient identifiers, no age, sex or site, and labels were taken as they are; a part of the benign ones was
-never confirmed by histology.
+{origin}
 """
 
 

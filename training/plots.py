@@ -56,7 +56,7 @@ def reliability_figure(labels: Labels, probabilities: Floats, *, title: str) -> 
     half = 1.96 * np.sqrt(share * (1 - share) / count + 0.96 / count**2) / (1 + 3.84 / count)
     curve.plot([0, 1], [0, 1], "--", color="grey")
     curve.errorbar(mean, share, yerr=[share - centre + half, centre + half - share], fmt="o-", capsize=2)
-    curve.set(ylabel="observed share malignant", ylim=(-0.02, 1.02))
+    curve.set(ylabel="observed share of the positive class", ylim=(-0.02, 1.02))
     mass.hist(probabilities, bins=40, range=(0, 1), color="grey")
     mass.set(xlabel="calibrated probability", ylabel="images")
     return png(figure)

@@ -83,15 +83,28 @@ def percentiles(images: Pixels) -> Iterator[dict[str, str]]:
         yield {"measure": name} | {f"p{at:g}": f"{value:.4g}" for at, value in zip(PERCENTILES, values, strict=True)}
 
 
-def row(group: str, labels: NDArray[np.int64], positive: NDArray[np.float64], threshold: float) -> dict[str, str]:
-    """Accuracy, its standard error, sensitivity, specificity and ROC-AUC of a group of images."""
+def row(
+    group: str,
+    labels: NDArray[np.int64],
+    positive: NDArray[np.float64],
+    threshold: float,
+    *,
+    of: NDArray[np.int64] | None = None,
+) -> dict[str, str]:
+    """Accuracy, its standard error, sensitivity, specificity and ROC-AUC of a group of images.
+
+    Args:
+        of: the number of the image that each one is a version of, where several are of one.
+    """
     right = (positive >= threshold) == labels
+    whole = np.arange(len(right)) if of is None else of
+    error = np.sqrt(np.square(np.bincount(whole, right - right.mean())).sum()) / len(right) if len(right) else 0.0
     both = len(np.unique(labels)) == 2
     return {
         "group": group,
         "images": str(len(labels)),
         "accuracy": f"{right.mean():.4f}" if len(right) else "",
-        "error": f"{right.std() / max(len(right), 1) ** 0.5:.4f}" if len(right) else "",
+        "error": f"{error:.4f}" if len(right) else "",
         "sensitivity": f"{right[labels == 1].mean():.4f}" if labels.any() else "",
         "specificity": f"{right[labels == 0].mean():.4f}" if not labels.all() else "",
         "roc_auc": f"{roc_auc_score(labels, positive):.4f}" if both else "",
@@ -137,8 +150,9 @@ def study(source: Path, *, images: int) -> tuple[list[dict[str, str]], list[dict
         positives.append(positive)
         warned += group
     every, everything = np.tile(labels, len(variants)), np.concatenate(positives)
+    of = np.tile(np.arange(len(labels)), len(variants))
     none = np.array([not q.warnings for _, q in warned])
-    rows.append(row("no warning", every[none], everything[none], threshold))
+    rows.append(row("no warning", every[none], everything[none], threshold, of=of[none]))
     for limit in LIMITS:
         values = np.array([measures[limit.measure] for measures, _ in warned])
         sign = 1 if limit.above else -1
@@ -148,7 +162,7 @@ def study(source: Path, *, images: int) -> tuple[list[dict[str, str]], list[dict
             band = past & (sign * values >= low) & (sign * values <= high)
             side = "above" if limit.above else "below"
             name = f"{limit.measure} {side} {sign * low:.3g}, to {sign * high:.3g}"
-            rows.append(row(name, every[band], everything[band], threshold))
+            rows.append(row(name, every[band], everything[band], threshold, of=of[band]))
     pixels, theirs = (part[split.held_out_extra].numpy() for part in (dataset.images, dataset.labels))
     if len(pixels):  # of other clinics, as they are
         positive, found = judged(pixels), [assess(measure(image)).warnings for image in pixels]

@@ -19,12 +19,13 @@ from app.model import store
 from app.model.labels import NOTICE
 from app.model.manifest import Manifest, Metric
 from training import plots
-from training.evaluate import Floats, Labels, decision_metrics
+from training.evaluate import Floats, Labels, calibration_floor, decision_metrics
 from training.isic import collections
-from training.model_card import LIMITS, data_card, model_card
+from training.model_card import data_card, limits, model_card
 
 PREDICTIONS = "report/predictions.csv"
 # arXiv 2510.03876, on its own 660 test images; from its abstract and its confusion matrix
+PAPERS_DATA = "isic2020/train"
 PAPER = {
     "accuracy": 0.9318,
     "precision": 0.9208,
@@ -77,7 +78,7 @@ def write_report(folder: Path) -> None:
         _skin_section(report, skin),
         _explanation_section(report),
         _training_section(manifest, history, report),
-        "<h2>Limits</h2>" + "".join(f"<p>{_bold(line)}</p>" for line in LIMITS),
+        "<h2>Limits</h2>" + "".join(f"<p>{_bold(line)}</p>" for line in limits(manifest)),
     ]
     title = f"{manifest.name} {manifest.version}"
     (report / "report.html").write_text(
@@ -103,18 +104,30 @@ def _held_out_section(manifest: Manifest, predictions: Predictions, report: Path
             labels, predictions.decided[home], classes=manifest.classes, title="Decisions, cross-fitted"
         )
     }
-    rows = [[name, _interval(metric), _paper(name)] for name, metric in manifest.metrics.items()]
+    columns = ["metric", "held out (95% interval)"]
+    rows = [[name, _interval(metric)] for name, metric in manifest.metrics.items()]
+    said = [f"{manifest.calibrated_on}. Network, temperature and threshold have not seen the image that they judge."]
+    if manifest.split.data == PAPERS_DATA:
+        columns.append("the paper")
+        rows = [[*row, f"{PAPER[row[0]]:.4f}" if row[0] in PAPER else ""] for row in rows]
+        said.append(
+            "The paper's column is of its own 660 test images, on which it also chose its epoch; nobody here has seen "
+            "them, so the columns are not a comparison."
+        )
     if len(manifest.classes) == 2:
         figures |= {
             "roc.png": plots.roc_figure(labels, {"held out": probabilities}, title=title),
             "reliability.png": plots.reliability_figure(labels, probabilities, title="Reliability, bins of equal mass"),
             "decision_curve.png": plots.decision_curve_figure(labels, probabilities, title="Decision curve"),
         }
+        floor = calibration_floor(probabilities)
+        said.append(
+            f"On {len(labels)} images a perfectly calibrated network would show an ECE of {floor:.3f}; resampling adds "
+            "to it, so that the interval of the ECE lies too high."
+        )
     return (
-        f"<h2>Held-out figures</h2><p>{html.escape(manifest.calibrated_on)}. Each image is judged by a network, a "
-        "temperature and a threshold that have not seen it. The paper's column is of its own 660 test images, on which "
-        "it also chose its epoch; nobody here has seen them, so the columns are not a comparison.</p>"
-        + _table(["metric", "held out (95% interval)", "the paper"], rows)
+        f"<h2>Held-out figures</h2><p>{html.escape(' '.join(said))}</p>"
+        + _table(columns, rows)
         + _pictures(report, figures)
     )
 
@@ -211,7 +224,7 @@ def _elsewhere_section(manifest: Manifest, predictions: Predictions, report: Pat
         "<h2>Other clinics</h2>"
         + _table(columns, rows)
         + _pictures(report, figures)
-        + _collections_table(predictions, list(manifest.external_metrics))
+        + (_collections_table(predictions, list(manifest.external_metrics)) if len(manifest.classes) == 2 else "")
     )
 
 
@@ -282,14 +295,11 @@ def _comparison_section(report: Path) -> str:
 
 def verdict(pair: Row) -> str:
     """What a paired row says, in a sentence."""
-    significant = float(pair["mcnemar_p"]) < 0.05 or float(pair["delong_p"]) < 0.05
     difference = float(pair["auc_difference"])
-    if not significant:
-        result = "does not differ detectably from"
-    elif difference > 0:
-        result = "is better than"
-    else:
-        result = "is worse than"
+    found = {"delong_p": difference, "mcnemar_p": int(pair["only_network_right"]) - int(pair["only_baseline_right"])}
+    shown = {difference > 0 for test, difference in found.items() if float(pair[test]) < 0.05}
+    results = {"is better than": {True}, "is worse than": {False}, "does not differ detectably from": set[bool]()}
+    result = next((words for words, signs in results.items() if signs == shown), "is better and worse than")
     return (
         f"{pair['network']} {result} {pair['baseline']} here: ROC-AUC difference {difference:+.4f} "
         f"({float(pair['auc_low']):+.4f} to {float(pair['auc_high']):+.4f}), DeLong p = {pair['delong_p']}; "
@@ -408,10 +418,6 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _interval(metric: Metric) -> str:
     return f"{metric.value:.4f} ({metric.low:.4f}–{metric.high:.4f})"
-
-
-def _paper(name: str) -> str:
-    return f"{PAPER[name]:.4f}" if name in PAPER else ""
 
 
 def _bold(line: str) -> str:

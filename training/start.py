@@ -1,5 +1,6 @@
 """A published version as the start of a run, and what it has seen."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,8 @@ def start_weights(start: str) -> dict[str, NDArray[np.generic]]:
     return load_version(_folder(start)).weights
 
 
-def load_start(model: LesionNet, start: str) -> None:
-    """Give `model` the weights of a version; the last layer stays as drawn where the number of classes is another.
+def load_start(model: LesionNet, start: str, *, classes: Sequence[str]) -> None:
+    """Give `model` the weights of a version; the last layer stays as drawn where that has other classes.
 
     Raises:
         StoreError: the version is missing or damaged.
@@ -34,7 +35,8 @@ def load_start(model: LesionNet, start: str) -> None:
     """
     state = {name: torch.from_numpy(array.astype(np.float32)) for name, array in start_weights(start).items()}
     own = model.state_dict()
-    state = {k: v for k, v in state.items() if not (k.startswith("head.fc2.") and own[k].shape != v.shape)}
+    if _manifest(start).classes != tuple(classes):
+        state = {k: v for k, v in state.items() if not k.startswith("head.fc2.")}
     fitting = {k for k, v in state.items() if k in own and own[k].shape == v.shape}
     needed = {k for k in own if not k.startswith("head.fc2.") and not k.endswith("num_batches_tracked")}
     if fitting != set(state) or needed - fitting:
@@ -54,7 +56,8 @@ def with_version(config: Config, folder: Path) -> Config:
         "stride_variant": manifest.architecture.stride_variant,
         "gate": manifest.architecture.gate or "none",
     }
-    seen = {name for past in _lineage(manifest) for name in _folders(_data(past))}
+    lineage = _lineage(manifest)
+    seen = {name for past in lineage for name in _folders(_data(past))} | _forgotten(lineage)
     data = {
         "without": sorted(seen - _folders(config.data) - {"drawn"}),
         "crop_frame": config.data.crop_frame or manifest.preprocessing.crop_frame,
@@ -74,7 +77,13 @@ def refuse_seen(config: Config, dataset: Dataset) -> None:
     start, fold = config.model.start, config.data.held_out_fold
     if fold < 0 or not start.startswith(VERSION):
         return
-    for manifest in _lineage(_manifest(start)):
+    lineage = _lineage(_manifest(start))
+    if shared := _forgotten(lineage) & _folders(config.data):
+        raise ValueError(
+            f"{start} goes back to a version that is no longer here and was trained on {', '.join(sorted(shared))}: "
+            "bring that version back, or hold nothing out (--fold -1)"
+        )
+    for manifest in lineage:
         past = _data(manifest)
         shared = _folders(past) & _folders(config.data)
         same = manifest.split.fingerprint in (dataset.fingerprint, dataset.root_fingerprint)
@@ -94,6 +103,12 @@ def _lineage(manifest: Manifest) -> list[Manifest]:
         except store.VersionMissing:
             break
     return found
+
+
+def _forgotten(lineage: list[Manifest]) -> set[str]:
+    """Folders that versions before the lineage have seen; the last one, if it had others, left their twins out."""
+    last = Config.model_validate(lineage[-1].training_config)
+    return set(last.data.without) if last.model.start.startswith(VERSION) else set()
 
 
 def _data(manifest: Manifest) -> Data:

@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from app.model.architecture import LesionNet
 from app.model.store import StoreError
 from training.augment import UNIFORMS, augment, mixup
 from training.backbones import build
+from training.calibrate import check_calibration
 from training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint, write_history
 from training.config import Config, Optimisation, Phase, load_config
 from training.data import Dataset, load_dataset
@@ -33,6 +35,7 @@ from training.distributed import World, same_everywhere, world
 from training.evaluate import predict_logits
 from training.start import refuse_seen, with_version
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
 STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4")
 RESTORE_IMAGES = 256  # training images that give a folded batch norm its statistics
 
@@ -49,13 +52,15 @@ def train(config: Config, run_dir: Path, world: World, *, until_epoch: int | Non
     training = split.training
     if len(training) < config.optimisation.batch_size:
         raise ValueError(f"{len(training)} training images are fewer than one batch: lower optimisation.batch_size")
+    if len(split.held_out):  # before the hours, and not after them
+        check_calibration(dataset.labels[split.held_out].numpy(), classes=len(config.data.classes))
     statistics = dataset.images[training[:: max(1, len(training) // RESTORE_IMAGES)]]
-    model = build(config.model, classes=len(config.data.classes), seed=config.seed, images=statistics)
+    model = build(config.model, classes=config.data.classes, seed=config.seed, images=statistics)
     model = model.to(world.device).to(memory_format=torch.channels_last)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.optimisation.ema_decay))
+    ema = AveragedModel(model, multi_avg_fn=moving_average(config.optimisation.ema_decay))
     optimizer = torch.optim.AdamW(parameter_groups(model, config.optimisation))
     run_dir.mkdir(parents=True, exist_ok=True)
-    history = load_checkpoint(run_dir / CHECKPOINT, config, model, ema, optimizer)
+    history = load_checkpoint(run_dir / CHECKPOINT, config, model, ema, optimizer, dataset.fingerprints)
     if not same_everywhere([len(history), int(dataset.fingerprint[:15], 16)], world):
         raise ValueError("the processes see different images or checkpoints: share DERMLENS_DATA_DIR and --run-dir")
     if world.main:
@@ -78,7 +83,7 @@ def train(config: Config, run_dir: Path, world: World, *, until_epoch: int | Non
                 row |= held_out_row(name, dataset.labels[members], logits)
         history.append(row | {"seconds": time.perf_counter() - started})
         if world.main:
-            save_checkpoint(run_dir / CHECKPOINT, config, model, ema, optimizer, history)
+            save_checkpoint(run_dir / CHECKPOINT, config, model, ema, optimizer, history, dataset.fingerprints)
             write_history(run_dir, history)
             print("  ".join(f"{k} {v:.4g}" for k, v in history[-1].items()), flush=True)
     if world.main:
@@ -121,7 +126,7 @@ def train_epoch(
         rate = schedule(
             (epoch * steps + step) / (config.epochs * steps),
             step_in_phase=epoch_in_phase * steps + step,
-            warmup_steps=config.optimisation.warmup_steps,
+            warmup_steps=min(config.optimisation.warmup_steps, phase.epochs * steps // 4),
         )
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
@@ -155,6 +160,19 @@ def epoch_order(
     drawn = order[~extra | (extra.cumsum(0) <= round(extra_share * int(extra.sum())))]
     # In the order until here the whole share comes before most of the first folder
     return drawn[torch.randperm(len(drawn), generator=generator)]
+
+
+def moving_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+    """An exponential moving average that remembers a tenth of its steps until `decay` remembers less.
+
+    With `decay` from the first step on, a run of a hundred steps would be published as an average of its beginning.
+    """
+
+    def update(averaged: Tensors, current: Tensors, steps: Tensor | int) -> None:
+        warm = (1 + int(steps)) / (10 + int(steps))
+        get_ema_multi_avg_fn(min(decay, warm))(averaged, current, steps)
+
+    return update
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

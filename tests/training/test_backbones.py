@@ -12,7 +12,7 @@ from app.model.preprocess import decode
 from tests.app.model.test_architecture import IMAGENET, folded
 from tests.conftest import ROOT, SHARED_DATA, needs_real_data, random_model
 from training.backbones import CHANNELS, build, from_run, network, restore_batch_norm
-from training.checkpoint import CHECKPOINT, save_checkpoint
+from training.checkpoint import CHECKPOINT, Fingerprints, save_checkpoint
 from training.config import Config, Model, Phase, load_config
 from training.drawn import draw_lesion
 from training.train import parameter_groups, set_trainable
@@ -70,7 +70,7 @@ def test_restoring_the_imagenet_weights_leaves_the_logits() -> None:
 
 def test_a_random_start_is_normalised_and_follows_its_seed() -> None:
     spec = Model(start="random", stride_variant="v1.5", gate="channel_softmax")
-    one, same, other = (build(spec, classes=3, seed=s, images=drawn()) for s in (1, 1, 2))
+    one, same, other = (build(spec, classes=("a", "b", "c"), seed=s, images=drawn()) for s in (1, 1, 2))
     assert torch.equal(logits(one, drawn(2)), logits(same, drawn(2)))
     assert not torch.equal(logits(one, drawn(2)), logits(other, drawn(2)))
     assert logits(one, drawn(2)).shape == (2, 3)
@@ -82,14 +82,24 @@ def test_building_does_not_touch_the_callers_random_numbers() -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    build(Model(start="random", stride_variant="v1", gate="none"), classes=2, seed=9, images=drawn(2))
+    build(
+        Model(start="random", stride_variant="v1", gate="none"),
+        classes=("benign", "malignant"),
+        seed=9,
+        images=drawn(2),
+    )
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_a_missing_start_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DERMLENS_DATA_DIR", str(tmp_path))
     with pytest.raises(ValueError, match=r"no start weights at .*x\.npz"):
-        build(Model(start="x.npz", stride_variant="v1", gate="none"), classes=2, seed=1, images=drawn(2))
+        build(
+            Model(start="x.npz", stride_variant="v1", gate="none"),
+            classes=("benign", "malignant"),
+            seed=1,
+            images=drawn(2),
+        )
 
 
 def other(backbone: str, start: str = "random") -> Model:
@@ -145,8 +155,8 @@ def test_the_stages_are_all_of_torchvisions_features_in_their_order(backbone: st
 
 @pytest.mark.parametrize("backbone", ["alexnet", "squeezenet1_1"])
 def test_a_random_start_without_batch_norm_keeps_the_signal(backbone: str) -> None:
-    model = build(other(backbone), classes=2, seed=1, images=drawn())
-    same = build(other(backbone), classes=2, seed=1, images=drawn())
+    model = build(other(backbone), classes=("benign", "malignant"), seed=1, images=drawn())
+    same = build(other(backbone), classes=("benign", "malignant"), seed=1, images=drawn())
     assert torch.equal(logits(model, drawn(2)), logits(same, drawn(2)))
     with torch.inference_mode():
         # Variance is kept on average over draws; torchvision's own start leaves AlexNet 0.02
@@ -160,7 +170,7 @@ def test_a_start_fills_another_backbone_and_frozen_stages_stay(
     """One step in batch norm's frozen mode: what the phase freezes and every running statistic stay, the rest moves."""
     monkeypatch.setenv("DERMLENS_DATA_DIR", str(tmp_path))
     state = save_start(tmp_path / "start.npz", backbone)
-    model = build(other(backbone, "start.npz"), classes=2, seed=1, images=drawn(2))
+    model = build(other(backbone, "start.npz"), classes=("benign", "malignant"), seed=1, images=drawn(2))
     loaded = {f"features.{k.split('.', 1)[1]}": v for k, v in model.trunk.state_dict().items()}
     assert all(torch.equal(loaded[k], v) for k, v in state.items())
 
@@ -193,7 +203,7 @@ def test_a_start_of_another_backbone_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("DERMLENS_DATA_DIR", str(tmp_path))
     save_start(tmp_path / "start.npz", "mobilenet_v2")
     with pytest.raises(ValueError, match="does not fit the backbone"):
-        build(other("densenet169", "start.npz"), classes=2, seed=1, images=drawn(2))
+        build(other("densenet169", "start.npz"), classes=("benign", "malignant"), seed=1, images=drawn(2))
 
 
 def test_only_resnet_has_a_gate() -> None:
@@ -204,9 +214,10 @@ def test_only_resnet_has_a_gate() -> None:
 def test_a_run_gives_its_averaged_weights_back_as_they_are_stored(tmp_path: Path) -> None:
     fields = load_config(ROOT / "training" / "configs" / "smoke.toml").model_dump()
     config = Config.model_validate(fields | {"model": other("squeezenet1_1").model_dump()})
-    model = build(config.model, classes=2, seed=1, images=drawn(2))
-    ema = AveragedModel(build(config.model, classes=2, seed=2, images=drawn(2)))
-    save_checkpoint(tmp_path / CHECKPOINT, config, model, ema, torch.optim.AdamW(model.parameters()), [])
+    model = build(config.model, classes=("benign", "malignant"), seed=1, images=drawn(2))
+    ema = AveragedModel(build(config.model, classes=("benign", "malignant"), seed=2, images=drawn(2)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    save_checkpoint(tmp_path / CHECKPOINT, config, model, ema, optimizer, [], Fingerprints("a", "b"))
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -228,7 +239,7 @@ def test_the_imagenet_weights_of_another_backbone_fit_its_batch_norm(backbone: s
     """Inputs of each batch norm on photographs lie where its statistics say; with eps 1e-3, Keras's default, the
     median ratio of variances is 4 to 6, and raw pixels are off by orders of magnitude."""
     start = str(SHARED_DATA.absolute().parent / "pretrained" / f"{backbone}_imagenet.npz")
-    model = build(other(backbone, start), classes=2, seed=1, images=drawn(2))
+    model = build(other(backbone, start), classes=("benign", "malignant"), seed=1, images=drawn(2))
     files = [f for kind in ("benign", "malignant") for f in sorted((TRAINING / kind).iterdir())[::200][:4]]
     photographs = torch.stack([torch.from_numpy(decode(file.read_bytes()).pixels) for file in files])
     shifts, ratios = [], []

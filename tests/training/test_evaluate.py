@@ -12,6 +12,7 @@ from training.drawn import draw_lesion
 from training.evaluate import (
     all_metrics,
     calibration_error,
+    calibration_floor,
     decision_metrics,
     main,
     multiclass_metrics,
@@ -77,6 +78,18 @@ def test_multiclass_metrics_by_hand() -> None:
     assert found["accuracy"] == found["balanced_accuracy"] == pytest.approx(5 / 6)
     # One class against the rest: perfect; one of four others tied with the two; one of two below, tied with the rest
     assert found["roc_auc"] == pytest.approx((1 + 7 / 8 + 3 / 4) / 3)
+
+
+def test_a_hundred_small_classes_have_intervals() -> None:
+    labels = np.repeat(np.arange(100), 2)
+    found = with_intervals(lambda y, _, d: {"accuracy": float((y == d).mean())}, labels, np.zeros(200), labels)
+    assert found["accuracy"].value == found["accuracy"].low == 1
+
+
+def test_few_images_cannot_show_an_error_of_calibration_near_nought() -> None:
+    probabilities = np.random.default_rng(5).random(50_000)
+    assert calibration_floor(probabilities, draws=10) < 0.01
+    assert 0.07 < calibration_floor(probabilities[:150]) < 0.15
 
 
 def test_a_version_is_measured_elsewhere_as_it_is_served(

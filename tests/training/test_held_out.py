@@ -16,6 +16,7 @@ from training.backbones import build
 from training.calibrate import cross_fitted
 from training.checkpoint import CHECKPOINT, save_checkpoint, write_history
 from training.config import Config
+from training.data import load_dataset
 from training.export import export
 from training.held_out import CACHE, HeldOut, main, predict_held_out, predictions_csv, print_collections
 from training.report import read_rows
@@ -23,11 +24,18 @@ from training.report import read_rows
 
 def finish(run_dir: Path, config: Config) -> Path:
     """A run that came to its end, as far as its files tell: a checkpoint of untrained weights, and a history."""
-    model = build(config.model, classes=2, seed=config.data.held_out_fold + 7, images=torch.zeros(2, 3, 32, 32))
+    model = build(
+        config.model,
+        classes=("benign", "malignant"),
+        seed=config.data.held_out_fold + 7,
+        images=torch.zeros(2, 3, 32, 32),
+    )
     ema = AveragedModel(model)
     history = [{"epoch": e + 1, "size": 32, "train_loss": 0.7, "seconds": 1.0} for e in range(config.epochs)]
     run_dir.mkdir()
-    save_checkpoint(run_dir / CHECKPOINT, config, model, ema, torch.optim.AdamW(model.parameters()), history)
+    optimizer = torch.optim.AdamW(model.parameters())
+    fingerprints = load_dataset(config.data, seed=config.seed, progress=False).fingerprints
+    save_checkpoint(run_dir / CHECKPOINT, config, model, ema, optimizer, history, fingerprints)
     write_history(run_dir, history)
     return run_dir
 

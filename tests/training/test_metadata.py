@@ -9,10 +9,12 @@ from sklearn.metrics import roc_auc_score
 from app.model import metadata, store
 from app.model.manifest import Metric, Preprocessing
 from app.model.metadata import FIELDS, PLACES, SITES, WIDTH, Metadata
-from tests.conftest import NAME, careful_manifest, encode
+from tests.conftest import NAME, ROOT, careful_manifest, encode
 from training import metadata as study
+from training.config import load_config
+from training.data import load_dataset
 from training.drawn import MISSING, draw_cases, draw_lesion
-from training.metadata import DROPOUT, Cases, compare, drop_fields, fit, read_table, roc_aucs
+from training.metadata import DROPOUT, Cases, compare, drop_fields, fit, read_table, refuse_trained_on, roc_aucs
 
 TEMPERATURE = 1.5
 
@@ -175,3 +177,24 @@ def test_what_it_cannot_be_fitted_on_is_refused(tmp_path: Path, random_weights: 
     alike = untold._replace(labels=np.zeros(8, np.int64), known=[Metadata(age=50)] * 8)
     with pytest.raises(ValueError, match="both classes"):
         study.run(tmp_path / NAME / "1", alike, tmp_path)
+
+
+def test_images_that_trained_the_version_are_refused(tmp_path: Path, random_weights: bytes) -> None:
+    config = load_config(ROOT / "training" / "configs" / "smoke.toml")
+    dataset = load_dataset(config.data, seed=config.seed, progress=False)
+    split = careful_manifest().split
+    for version, fingerprint in (("1", dataset.fingerprint), ("2", "0" * 64)):
+        changed = split.model_copy(update={"fingerprint": fingerprint, "held_out_fold": 0})
+        manifest = careful_manifest(version=version, split=changed, training_config=config.model_dump(mode="json"))
+        store.publish(tmp_path, manifest, {store.WEIGHTS: random_weights})
+    held = dataset.split(0).held_out
+
+    def cases(members: list[int]) -> Cases:
+        images = dataset.images[members]
+        return Cases(images, np.zeros(len(members), dtype=np.int64), [Metadata()] * len(members), np.arange(1), "none")
+
+    assert refuse_trained_on(tmp_path / NAME / "1", cases(held.tolist()))
+    seen = int(dataset.split(0).training[0])
+    with pytest.raises(ValueError, match="1 of the images trained"):
+        refuse_trained_on(tmp_path / NAME / "1", cases([*held.tolist(), seen]))
+    assert not refuse_trained_on(tmp_path / NAME / "2", cases([seen]))  # whose images are not here

@@ -74,3 +74,10 @@ def test_a_run_that_may_have_seen_the_held_out_images_is_refused(tmp_path: Path,
     other = finish(tmp_path / "other", short().with_fold(1))
     with pytest.raises(SystemExit, match="may have been trained on what the run holds out"):
         main(["--run", str(run), "--with", str(other), "--shares", "0.5"])
+
+
+def test_a_run_in_other_folds_is_refused(tmp_path: Path, run: Path) -> None:
+    config = short()
+    other = finish(tmp_path / "other", config.model_copy(update={"seed": config.seed + 1}))
+    with pytest.raises(SystemExit, match="their images, folds or seeds differ"):
+        main(["--run", str(run), "--with", str(other), "--shares", "0.5"])

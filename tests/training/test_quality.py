@@ -52,3 +52,11 @@ def test_a_round_field_is_cropped_as_serving_crops_it() -> None:
     assert np.array_equal(unframed(pixels), decode(encode(picture), crop_frame=True).pixels)
     clear = np.asarray(draw_lesion(1, 3)).transpose(2, 0, 1)
     assert unframed(clear) is clear
+
+
+def test_versions_of_one_image_are_not_counted_as_many_images() -> None:
+    labels, positive = np.array([0, 1, 1, 0]), np.array([0.9, 0.9, 0.1, 0.1])
+    alone = row("x", labels, positive, 0.5)
+    four = row("x", np.tile(labels, 4), np.tile(positive, 4), 0.5, of=np.tile(np.arange(4), 4))
+    assert alone["error"] == four["error"] == "0.2500"
+    assert row("x", np.tile(labels, 4), np.tile(positive, 4), 0.5)["error"] == "0.1250"

@@ -82,7 +82,7 @@ def test_the_report_of_a_version_that_carries_little(tmp_path: Path) -> None:
     write_report(folder)
     page = (folder / "report" / "report.html").read_text()
     assert "0.9123 (0.9000–0.9200)" in page
-    assert "0.9717" in page  # the paper's
+    assert re.search(r"an ECE of 0\.\d{3};", page)
     assert "0.123" in page
     assert "Research use only" in page
     for heading in ("Robustness", "The comparison", "Skin tone", "Explanations", "Other clinics"):
@@ -93,13 +93,25 @@ def test_the_report_of_a_version_that_carries_little(tmp_path: Path) -> None:
     card = (folder / "MODEL_CARD.md").read_text()
     assert "| roc_auc | 0.9123 | 0.9000 to 0.9200 |" in card
     assert "| 0.95 | benign 0.951, malignant 0.949 | 0.123 |" in card
-    assert "Dark skin is nearly absent" in card
-    assert "| `none` | 20 | 20 |" in (folder / "DATA_CARD.md").read_text()
+    data = (folder / "DATA_CARD.md").read_text()
+    assert "| `none` | 20 | 20 |" in data
+    for of_isic in ("Dark skin", "ISIC", "paper"):  # it says nothing of data that it does not know
+        assert of_isic not in card + data + page
     assert store.verify(tmp_path, NAME, "1").files.keys() == {
         store.WEIGHTS,
         "report/predictions.csv",
         "report/history.csv",
     }
+
+
+def test_the_report_on_the_papers_images_names_the_paper_and_what_is_known_of_them(tmp_path: Path) -> None:
+    config = SMOKE.model_copy(update={"data": SMOKE.data.model_copy(update={"root": "isic2020/train"})})
+    split = make_manifest().split.model_copy(update={"data": "isic2020/train"})
+    folder = publish(tmp_path, {}, training_config=config.model_dump(mode="json"), split=split)
+    write_report(folder)
+    assert "<td>0.9717</td>" in (folder / "report" / "report.html").read_text()
+    assert "Dark skin is nearly absent" in (folder / "MODEL_CARD.md").read_text()
+    assert "CC-BY-NC" in (folder / "DATA_CARD.md").read_text()
 
 
 def test_evidence_that_a_version_carries_is_shown(tmp_path: Path) -> None:
@@ -215,6 +227,9 @@ def test_a_verdict_follows_the_tests() -> None:
     assert "is better than" in verdict(pair(delong_p="0.01"))
     assert "is worse than" in verdict(pair(delong_p="0.01", auc_difference="-0.01"))
     assert "is better than" in verdict(pair(mcnemar_p="0.04"))
+    fewer = {"mcnemar_p": "0.001", "only_network_right": "15", "only_baseline_right": "40"}
+    assert "is worse than" in verdict(pair(**fewer))  # whatever the sign of a difference of AUC that is none
+    assert "is better and worse than" in verdict(pair(**fewer, delong_p="0.01"))
 
 
 def test_external_figures_replace_those_of_the_same_setting(tmp_path: Path) -> None:

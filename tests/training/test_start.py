@@ -29,17 +29,18 @@ def publish(root: Path, version: str, config: Config, **changes: Any) -> Path:
 
 def test_a_version_starts_a_run_with_its_own_function(model_store: Path) -> None:
     model = random_model("branch_softmax", seed=5)
-    load_start(model, f"version:{model_store / NAME / '1'}")
+    load_start(model, f"version:{model_store / NAME / '1'}", classes=["benign", "malignant"])
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     with torch.inference_mode():
         expected = random_model("branch_softmax")(images).logits  # what the store's version was made from
         assert torch.allclose(model(images).logits, expected, atol=0.05)  # it was rounded to float16
 
 
-def test_with_other_classes_the_last_layer_stays_as_drawn(model_store: Path) -> None:
-    model = random_model("branch_softmax", seed=5, classes=3)
+@pytest.mark.parametrize("classes", [["a", "b", "c"], ["melanoma", "nevus"], ["malignant", "benign"]])
+def test_with_other_classes_the_last_layer_stays_as_drawn(model_store: Path, classes: list[str]) -> None:
+    model = random_model("branch_softmax", seed=5, classes=len(classes))
     drawn = model.head.fc2.weight.clone()
-    load_start(model, f"version:{model_store / NAME / '1'}")
+    load_start(model, f"version:{model_store / NAME / '1'}", classes=classes)
     assert torch.equal(model.head.fc2.weight, drawn)
     assert not torch.equal(model.head.fc1.weight, random_model("branch_softmax", seed=5).head.fc1.weight)
 
@@ -47,7 +48,7 @@ def test_with_other_classes_the_last_layer_stays_as_drawn(model_store: Path) -> 
 @pytest.mark.parametrize("gate", [None, "channel_softmax"])
 def test_a_start_of_another_architecture_is_refused(model_store: Path, gate: Any) -> None:
     with pytest.raises(ValueError, match="another architecture"):
-        load_start(random_model(gate), f"version:{model_store / NAME / '1'}")
+        load_start(random_model(gate), f"version:{model_store / NAME / '1'}", classes=["benign", "malignant"])
 
 
 def images(fingerprint: str, root_fingerprint: str = "f" * 64) -> Dataset:
@@ -88,6 +89,16 @@ def test_what_the_start_of_a_start_saw_counts_too(tmp_path: Path) -> None:
     assert config.data.without == ["clinics", "skin"]
     assert config.model.start == f"version:{second}"
     assert config.model.gate == "branch_softmax"
+
+
+def test_what_a_start_that_is_gone_saw_is_known_from_the_version_after_it(tmp_path: Path) -> None:
+    gone = f"version:{tmp_path / NAME / '1'}"
+    config = trained_on("clinics", start=gone)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"without": ["skin"]})})
+    second = publish(tmp_path, "2", config)
+    with pytest.raises(ValueError, match="no longer here and was trained on skin"):
+        refuse_seen(trained_on("skin", start=f"version:{second}"), images("1" * 64))
+    assert with_version(trained_on("third"), second).data.without == ["clinics", "skin"]
 
 
 def test_a_run_crops_frames_where_its_start_does_or_it_says_so_itself(tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ from training.checkpoint import CHECKPOINT
 from training.config import Config, load_config
 from training.data import Dataset, load_dataset
 from training.distributed import World
+from training.drawn import draw_lesion
 from training.train import (
     epoch_order,
+    moving_average,
     parameter_groups,
     schedule,
     set_trainable,
@@ -62,6 +64,53 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
         train(short(weight_decay=0.5), tmp_path, ALONE)
 
 
+def test_a_checkpoint_of_other_images_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(24):
+        folder = tmp_path / "clinic" / ("benign", "malignant")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_lesion(number % 2, number, size=(64, 64)).save(folder / f"{number}.png")
+    monkeypatch.setenv("DERMLENS_DATA_DIR", str(tmp_path))
+    config = short()
+    config = config.model_copy(update={"data": config.data.model_copy(update={"root": "clinic"})})
+    train(config, tmp_path / "run", ALONE, until_epoch=1)
+    draw_lesion(1, 99, size=(64, 64)).save(tmp_path / "clinic" / "malignant" / "99.png")
+    with pytest.raises(ValueError, match="has seen other images than are here now"):
+        train(config, tmp_path / "run", ALONE)
+
+
+def test_a_class_that_cannot_be_calibrated_is_named_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(24):
+        folder = tmp_path / "clinic" / ("malignant" if number < 4 else "benign")
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_lesion(int(number < 4), number, size=(64, 64)).save(folder / f"{number}.png")
+    monkeypatch.setenv("DERMLENS_DATA_DIR", str(tmp_path))
+    config = short()
+    config = config.model_copy(update={"data": config.data.model_copy(update={"root": "clinic"})})
+    with pytest.raises(ValueError, match="a calibration needs 2"):
+        train(config, tmp_path / "run", ALONE)
+    assert not (tmp_path / "run" / CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize(("steps", "share"), [(14, 0.15), (200, 0.01)])
+def test_the_average_of_a_short_run_is_not_one_of_its_beginning(steps: int, share: float) -> None:
+    """The first weights are 1 and all others 0, so that their average is the share of the first."""
+    weight = torch.nn.Linear(1, 1, bias=False)
+    ema = AveragedModel(weight, multi_avg_fn=moving_average(0.98))
+    with torch.no_grad():
+        for step in range(steps):
+            weight.weight.fill_(float(step == 0))
+            ema.update_parameters(weight)
+    assert 0 <= next(ema.parameters()).item() < share
+    for _ in range(500):  # by now each step counts 0.02
+        ema.update_parameters(weight)
+    with torch.no_grad():
+        weight.weight.fill_(1)
+    ema.update_parameters(weight)
+    assert next(ema.parameters()).item() == pytest.approx(0.02, abs=1e-4)
+
+
 def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lower optimisation\.batch_size"):
         train(short(batch_size=1000), tmp_path, ALONE)
@@ -89,7 +138,7 @@ def one_epoch(world: World, *, images: int) -> dict[str, torch.Tensor]:
     dataset = load_dataset(config.data, seed=config.seed, progress=False)
     training = dataset.split(0).training[:images]
     # In float64: rounding differs with the size of a batch, and 50 untrained layers make 0.2% of it in float32
-    model = build(config.model, classes=2, seed=1, images=dataset.images[training[:7]]).double()
+    model = build(config.model, classes=("benign", "malignant"), seed=1, images=dataset.images[training[:7]]).double()
     before = {k: v.clone() for k, v in model.named_parameters()}
     optimizer = torch.optim.SGD(parameter_groups(model, config.optimisation), lr=1.0)
     for group in optimizer.param_groups:
@@ -174,7 +223,12 @@ def test_the_schedule_warms_up_in_each_phase_and_ends_at_nought() -> None:
 def test_learning_rates_fall_with_depth_and_vectors_do_not_decay() -> None:
     config = load_config(ROOT / "training" / "configs" / "full.toml")
     dataset_images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
-    model = build(config.model.model_copy(update={"start": "random"}), classes=2, seed=1, images=dataset_images)
+    model = build(
+        config.model.model_copy(update={"start": "random"}),
+        classes=("benign", "malignant"),
+        seed=1,
+        images=dataset_images,
+    )
     found = {
         id(p): (group["lr"], group["weight_decay"])
         for group in parameter_groups(model, config.optimisation)
