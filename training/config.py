@@ -23,7 +23,8 @@ class Data(Section):
     root: str  # folder with one sub-folder a class, absolute or under DERMLENS_DATA_DIR; "drawn" draws images
     classes: list[str] = ["benign", "malignant"]
     extra: str | None = None  # a second folder of the same classes that joins training, twins of `root` left out
-    extra_share: float = Field(1, gt=0, le=1)  # of the second folder's training images, drawn anew for each epoch
+    root_share: float = Field(1, ge=0, le=1)  # of the first folder's training images, drawn anew for each epoch
+    extra_share: float = Field(1, gt=0, le=1)  # of the second folder's
     without: list[str] = []  # folders that the start has seen: what has a twin in one of them is left out
     crop_frame: bool = False  # crop dark frames away, in training and in serving
     # Folders whose near-duplicates are found without dark frames, in which all images look alike (decision 019); the

@@ -109,7 +109,8 @@ def train_epoch(
     parallel: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
     batch_size = config.optimisation.batch_size
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    order = epoch_order(dataset, training, config.data.extra_share, generator)
+    shares = (config.data.root_share, config.data.extra_share)
+    order = epoch_order(dataset, training, shares, generator)
     steps = math.ceil(len(order) / batch_size)
     uniforms = torch.rand(len(order), UNIFORMS, generator=generator)
     loss_sum, seen = 0.0, 0
@@ -150,16 +151,19 @@ def train_epoch(
 
 
 def epoch_order(
-    dataset: Dataset, training: NDArray[np.int64], extra_share: float, generator: torch.Generator
+    dataset: Dataset, training: NDArray[np.int64], shares: tuple[float, float], generator: torch.Generator
 ) -> Tensor:
-    """The images of an epoch: each of `data.root` once, and of `data.extra` a share, well mixed."""
+    """The images of an epoch: the shares of `data.root` and of `data.extra`, each image once, well mixed."""
     order = torch.from_numpy(training)[torch.randperm(len(training), generator=generator)]
-    if extra_share == 1:
+    if shares == (1, 1):
         return order
     extra = torch.from_numpy(dataset.extra)[order]
-    drawn = order[~extra | (extra.cumsum(0) <= round(extra_share * int(extra.sum())))]
-    # In the order until here the whole share comes before most of the first folder
-    return drawn[torch.randperm(len(drawn), generator=generator)]
+    drawn = torch.zeros(len(order), dtype=torch.bool)
+    for share, folder in zip(shares, (~extra, extra), strict=True):
+        drawn |= folder & (folder.cumsum(0) <= round(share * int(folder.sum())))
+    # In the order until here a share that is small comes before most of the other folder
+    order = order[drawn]
+    return order[torch.randperm(len(order), generator=generator)]
 
 
 def moving_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:

@@ -197,20 +197,27 @@ def test_an_epoch_takes_every_image_once_the_last_short_batch_too(monkeypatch: p
     assert len(torch.cat(batches).flatten(1).unique(dim=0)) == 17
 
 
-def test_an_epoch_draws_a_share_of_the_second_folder_and_spreads_it_evenly() -> None:
+@pytest.mark.parametrize(
+    ("shares", "counts"), [((1, 0.3), (180, 60)), ((0, 1), (0, 200)), ((0.5, 0.1), (90, 20)), ((1, 1), (180, 200))]
+)
+def test_an_epoch_draws_shares_of_two_folders_and_spreads_them_evenly(
+    shares: tuple[float, float], counts: tuple[int, int]
+) -> None:
     nothing = torch.zeros(400, 3, 1, 1, dtype=torch.uint8)
     extra = np.arange(400) >= 200
     labels, folds = torch.zeros(400, dtype=torch.int64), np.zeros(400, dtype=np.int64)
     dataset = Dataset(nothing, labels, [""] * 400, folds, extra, fingerprint="", root_fingerprint="")
     training = np.arange(20, 400)  # 180 of the first folder, 200 of the second
-    epochs = [epoch_order(dataset, training, 0.3, torch.Generator().manual_seed(seed)).numpy() for seed in range(20)]
+    epochs = [epoch_order(dataset, training, shares, torch.Generator().manual_seed(seed)).numpy() for seed in range(20)]
     for order in epochs:
-        assert sorted(order[~extra[order]]) == list(range(20, 200))
-        assert extra[order].sum() == 60
-        assert len(set(order)) == 240
-    assert len({tuple(sorted(order[extra[order]])) for order in epochs}) == 20  # drawn anew
+        assert (int((~extra[order]).sum()), int(extra[order].sum())) == counts
+        assert len(set(order)) == len(order)
+        assert set(order) <= set(training)
+    for share, folder in zip(shares, (~extra, extra), strict=True):
+        drawn = {tuple(sorted(order[folder[order]])) for order in epochs}
+        assert len(drawn) == (20 if 0 < share < 1 else 1)  # drawn anew
     found = [extra[part].mean() for part in np.array_split(np.stack(epochs), 4, axis=1)]  # by quarters of an epoch
-    assert np.allclose(found, 0.25, atol=0.05)  # four standard errors
+    assert np.allclose(found, counts[1] / sum(counts), atol=0.07)  # four standard errors
 
 
 def test_the_schedule_warms_up_in_each_phase_and_ends_at_nought() -> None:
