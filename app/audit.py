@@ -193,12 +193,17 @@ def _read(path: Path, secret: Secret, *, newest: int | None = None) -> Iterator[
     answered, digest_then = _read_head(head, secret)  # before the files, which may grow meanwhile
     number, digest, place = None, START, str(path)
     with ExitStack() as stack:
-        # Newest first, and each once: a rotation meanwhile moves a file to the next name
-        opened: dict[int, BinaryIO] = {}
-        for name in _names(path):
-            with suppress(FileNotFoundError):
-                entered = stack.enter_context(name.open("rb"))
-                opened.setdefault(os.fstat(entered.fileno()).st_ino, entered)
+        rotated = True
+        while rotated:  # meanwhile: then a newer file may lie where an older one was
+            stack.close()
+            opened: dict[int, BinaryIO] = {}
+            before_it = _inode(path)
+            # Newest first, and each once: a rotation that begins moves a file to the next name
+            for name in _names(path):
+                with suppress(FileNotFoundError):
+                    entered = stack.enter_context(name.open("rb"))
+                    opened.setdefault(os.fstat(entered.fileno()).st_ino, entered)
+            rotated = _inode(path) != before_it
         files = list(opened.values())[:newest][::-1]
         for file in files:
             for n, line in enumerate(file, 1):
@@ -248,6 +253,12 @@ def _names(path: Path) -> list[Path]:
     turned = path.parent.glob(f"{glob.escape(path.name)}.*")
     last = max((int(file.suffix[1:]) for file in turned if file.suffix[1:].isdecimal()), default=0)
     return [path, *(_beside(path, n) for n in range(1, last + 2))]  # one more, should a rotation come between
+
+
+def _inode(path: Path) -> int | None:
+    with suppress(FileNotFoundError):
+        return path.stat().st_ino
+    return None
 
 
 def _beside(path: Path, suffix: str | int) -> Path:
