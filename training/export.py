@@ -63,7 +63,8 @@ def export(
         ValueError: a run is not finished, `folds` are not of its recipe, or the images are not those that it has seen.
         VersionExists: versions never change.
     """
-    run = read_finished(run_dir)
+    runs = {path: read_finished(path) for path in (run_dir, *folds)}
+    run = runs[run_dir]
     config = run.config
     if config.model.backbone != "resnet50":
         raise ValueError(
@@ -72,13 +73,13 @@ def export(
     if config.data.held_out_fold < 0 and not folds:
         raise ValueError(f"{run_dir} held nothing out: give the runs of its folds with --folds")
     for fold in folds:
-        if read_finished(fold).config.with_fold(-1) != config:
+        if runs[fold].config.with_fold(-1) != config:
             raise ValueError(f"{fold} is not a fold of {run_dir}: its recipe differs")
-        if len(read_finished(fold).history) < config.epochs:
+        if len(runs[fold].history) < config.epochs:
             raise ValueError(f"{fold} ended before its last epoch, which a run that holds nothing out never does")
     dataset = load_dataset(config.data, seed=config.seed)
-    for trained in (run_dir, *folds):
-        refuse_other_images(trained, read_finished(trained), dataset)
+    for path, trained in runs.items():
+        refuse_other_images(path, trained, dataset)
     held_out = predict_held_out(folds or [run_dir])
     home, abroad = held_out.part(extra=False), held_out.part(extra=True)
     classes = tuple(config.data.classes)

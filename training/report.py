@@ -298,8 +298,12 @@ def verdict(pair: Row) -> str:
     difference = float(pair["auc_difference"])
     found = {"delong_p": difference, "mcnemar_p": int(pair["only_network_right"]) - int(pair["only_baseline_right"])}
     shown = {difference > 0 for test, difference in found.items() if float(pair[test]) < 0.05}
-    results = {"is better than": {True}, "is worse than": {False}, "does not differ detectably from": set[bool]()}
-    result = next((words for words, signs in results.items() if signs == shown), "is better and worse than")
+    result = {
+        (): "does not differ detectably from",
+        (True,): "is better than",
+        (False,): "is worse than",
+        (False, True): "is better and worse than",
+    }[tuple(sorted(shown))]
     return (
         f"{pair['network']} {result} {pair['baseline']} here: ROC-AUC difference {difference:+.4f} "
         f"({float(pair['auc_low']):+.4f} to {float(pair['auc_high']):+.4f}), DeLong p = {pair['delong_p']}; "

@@ -33,9 +33,10 @@ def load_start(model: LesionNet, start: str, *, classes: Sequence[str]) -> None:
         StoreError: the version is missing or damaged.
         ValueError: its architecture is another one.
     """
-    state = {name: torch.from_numpy(array.astype(np.float32)) for name, array in start_weights(start).items()}
+    version = load_version(_folder(start))
+    state = {name: torch.from_numpy(array.astype(np.float32)) for name, array in version.weights.items()}
     own = model.state_dict()
-    if _manifest(start).classes != tuple(classes):
+    if version.manifest.classes != tuple(classes):
         state = {k: v for k, v in state.items() if not k.startswith("head.fc2.")}
     fitting = {k for k, v in state.items() if k in own and own[k].shape == v.shape}
     needed = {k for k in own if not k.startswith("head.fc2.") and not k.endswith("num_batches_tracked")}
