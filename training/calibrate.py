@@ -1,10 +1,10 @@
-"""Temperature, operating points and abstention, fitted on held-out logits; and cross-fitted, for honest figures."""
+"""Bias, temperature, operating points and abstention, fitted on held-out logits, or cross-fitted for honest figures."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize
 from sklearn.metrics import log_loss, roc_curve
 from sklearn.model_selection import StratifiedKFold
 
@@ -18,6 +18,7 @@ COVERAGES = ("0.90", "0.95")
 class Calibration:
     """What turns logits into an answer."""
 
+    bias: NDArray[np.float32]  # [K], added to the logits; export adds it to the bias of the last layer
     temperature: float
     thresholds: dict[str, float]  # operating point -> on the probability of class 1; empty with more than two classes
     quantiles: dict[str, list[float]]  # coverage -> for each class, the smallest probability that stays in the set
@@ -38,10 +39,11 @@ class Judged:
 
 
 def fit(labels: Labels, logits: NDArray[np.float32]) -> Calibration:
-    """Fit temperature, then operating points and abstention, on labels [N] and logits [N,K]."""
-    temperature = fit_temperature(labels, logits)
-    probabilities = calibrate(logits, temperature)
+    """Fit bias and temperature, then operating points and abstention, on labels [N] and logits [N,K]."""
+    bias, temperature = fit_scaling(labels, logits)
+    probabilities = calibrate(logits + bias, temperature)
     return Calibration(
+        bias=bias,
         temperature=temperature,
         thresholds=operating_points(labels, probabilities[:, 1]) if logits.shape[1] == 2 else {},
         quantiles={c: conformal_quantiles(labels, probabilities, coverage=float(c)) for c in COVERAGES},
@@ -50,7 +52,7 @@ def fit(labels: Labels, logits: NDArray[np.float32]) -> Calibration:
 
 def judge(logits: NDArray[np.float32], calibration: Calibration) -> Judged:
     """The answers for logits [N,K]."""
-    probabilities = calibrate(logits, calibration.temperature)
+    probabilities = calibrate(logits + calibration.bias, calibration.temperature)
     decided = probabilities.argmax(axis=1)
     if calibration.thresholds:
         decided = (probabilities[:, 1] >= calibration.thresholds["balanced"]).astype(np.int64)
@@ -100,13 +102,24 @@ def check_calibration(labels: Labels, *, classes: int) -> int:
     return smallest
 
 
-def fit_temperature(labels: Labels, logits: NDArray[np.float32]) -> float:
-    """The temperature of the smallest log-loss on labels [N] and logits [N,K]."""
+def fit_scaling(labels: Labels, logits: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
+    """The bias [K] and the temperature of the smallest log-loss on labels [N] and logits [N,K].
 
-    def loss(log_t: float) -> float:
-        return float(log_loss(labels, calibrate(logits, float(np.exp(log_t))), labels=range(logits.shape[1])))
+    Of two classes the second has a bias (Platt 1999): a network that last saw other images is off by one, which no
+    temperature mends. More classes have none: some of a hundred have too few images for it.
+    """
+    classes = logits.shape[1]
 
-    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
+    def loss(x: Floats) -> float:
+        moved = logits.astype(np.float64)
+        if classes == 2:
+            moved[:, 1] += x[1]
+        return float(log_loss(labels, calibrate(moved, float(np.exp(x[0]))), labels=range(classes)))
+
+    bounds = [(-3, 3), (-10, 10)][: 2 if classes == 2 else 1]  # log T and the bias, in logits
+    found = minimize(loss, np.zeros(len(bounds)), bounds=bounds, method="L-BFGS-B").x
+    bias = np.array([0.0, *found[1:]]) if classes == 2 else np.zeros(classes)
+    return bias.astype(np.float32), float(np.exp(found[0]))
 
 
 def operating_points(labels: Labels, probabilities: Floats) -> dict[str, float]:

@@ -8,6 +8,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from training.held_out import (
 from training.model_card import licence
 from training.report import PREDICTIONS, write_report
 
+LAST_BIAS = "head.fc2.bias"  # what calibration adds to the logits goes into it
 EVIDENCE = ("*.csv", "comparison/*.csv", "contact_sheet.png")  # what the report shows beside the held-out figures
 
 
@@ -88,6 +90,7 @@ def export(
     fitted = fit(home.labels, home.logits)
     judged = cross_fitted(home.labels, home.logits, folds=home.folds)
     abroad_judged = judge(abroad.logits, fitted)
+    home, abroad = (replace(part, logits=part.logits + fitted.bias) for part in (home, abroad))  # as published below
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         name=name,
@@ -131,7 +134,9 @@ def export(
     for fold in folds:
         files[f"report/{fold.name}.csv"] = (fold / "metrics.csv").read_bytes()
     files |= {
-        store.WEIGHTS: safetensors.numpy.save(run.weights),
+        store.WEIGHTS: safetensors.numpy.save(
+            run.weights | {LAST_BIAS: fitted.bias + run.weights[LAST_BIAS].astype("f4")}
+        ),
         PREDICTIONS: predictions_csv(
             [(home, judged, config.data.root), (abroad, abroad_judged, config.data.extra or "")], classes
         ),

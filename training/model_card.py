@@ -60,7 +60,7 @@ def model_card(manifest: Manifest, *, epochs: int, seconds: float) -> str:
         for coverage, rule in manifest.abstention.items()
     )
     elsewhere = "".join(
-        f"\n### `{name}`\n\nThe same networks, temperature and threshold on images of other clinics, held out too.\n\n"
+        f"\n### `{name}`\n\nThe same networks, calibration and threshold on images of other clinics, held out too.\n\n"
         f"{metric_table(metrics)}\n"
         for name, metrics in manifest.external_metrics.items()
     )
@@ -82,8 +82,8 @@ The full report is [report/report.html](report/report.html), the data are descri
 
 ## Held-out figures
 
-{_held_out(manifest)} Probabilities and decisions are cross-fitted: each image is judged by a temperature and a \
-threshold that were fitted without it. Intervals are 95% percentile bootstrap over images.
+{_held_out(manifest)} Probabilities and decisions are cross-fitted: each image is judged by a bias, a temperature \
+and a threshold that were fitted without it. Intervals are 95% percentile bootstrap over images.
 
 {metric_table(manifest.metrics)}
 {elsewhere}

@@ -106,7 +106,7 @@ def _held_out_section(manifest: Manifest, predictions: Predictions, report: Path
     }
     columns = ["metric", "held out (95% interval)"]
     rows = [[name, _interval(metric)] for name, metric in manifest.metrics.items()]
-    said = [f"{manifest.calibrated_on}. Network, temperature and threshold have not seen the image that they judge."]
+    said = [f"{manifest.calibrated_on}. Network, calibration and threshold have not seen the image that they judge."]
     if manifest.split.data == PAPERS_DATA:
         columns.append("the paper")
         rows = [[*row, f"{PAPER[row[0]]:.4f}" if row[0] in PAPER else ""] for row in rows]

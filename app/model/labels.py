@@ -54,7 +54,7 @@ class Judgement:
         return bool(self.refer_because)
 
 
-def calibrate(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
+def calibrate(logits: NDArray[np.float32] | NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
     """Softmax of logits/T over the last axis (temperature scaling, Guo et al. 2017)."""
     scaled = logits.astype(np.float64) / temperature
     powers = np.exp(scaled - scaled.max(axis=-1, keepdims=True))

@@ -25,7 +25,7 @@ def test_the_temperature_undoes_overconfidence() -> None:
 def test_operating_points_hold_what_they_promise() -> None:
     labels, logits = overconfident()
     fitted = fit(labels, logits)
-    p = calibrate(logits, fitted.temperature)[:, 1]
+    p = judge(logits, fitted).probabilities[:, 1]
 
     def rates(point: str) -> tuple[float, float]:
         positive = p >= fitted.thresholds[point]
@@ -37,14 +37,28 @@ def test_operating_points_hold_what_they_promise() -> None:
     assert rates("specificity-95")[1] == pytest.approx(0.95, abs=0.005)
 
 
+def test_the_bias_undoes_logits_that_are_off_by_a_constant() -> None:
+    labels, logits = overconfident()
+    off = logits + np.array([0, -4.5], dtype=np.float32)
+    fitted = fit(labels, off)
+    assert fitted.bias.tolist() == pytest.approx([0, 4.5], abs=0.3)
+    assert fitted.temperature == pytest.approx(3, rel=0.1)
+    assert judge(off, fitted).probabilities == pytest.approx(judge(logits, fit(labels, logits)).probabilities, abs=1e-3)
+    assert calibration_error(labels, judge(off, fitted).probabilities[:, 1]) < 0.03
+    assert calibration_error(labels, calibrate(off, fitted.temperature)[:, 1]) > 0.1
+
+
 def test_cross_fitting_judges_each_image_by_the_others() -> None:
     labels, logits = overconfident(60)
-    before = cross_fitted(labels, logits).probabilities[:, 1]
-    changed = logits.copy()
-    changed[0, 1] += 50  # one image moves: its own calibration does not, that of the others may
-    moved = cross_fitted(labels, changed).probabilities[:, 1]
-    ratio = np.log(moved[0] / (1 - moved[0])) / changed[0, 1]
-    assert ratio == pytest.approx(np.log(before[0] / (1 - before[0])) / logits[0, 1], rel=1e-6)
+
+    def log_odds(moved_by: float) -> float:
+        """Of the first image, moved alone: its own calibration stays as it is, that of the others may not."""
+        changed = logits.copy()
+        changed[0, 1] += moved_by
+        p = cross_fitted(labels, changed).probabilities[0]
+        return float(np.log(p[1] / p[0]))
+
+    assert log_odds(10) - log_odds(0) == pytest.approx(2 * (log_odds(5) - log_odds(0)), rel=1e-5)
 
 
 def test_a_class_of_one_held_out_image_is_refused() -> None:
@@ -87,6 +101,7 @@ def test_more_than_two_classes_have_sets_but_no_operating_point() -> None:
     assert [len(q) for q in fitted.quantiles.values()] == [3, 3]
     judged = cross_fitted(labels, logits)
     assert np.array_equal(judged.decided, judged.probabilities.argmax(axis=1))
+    assert fitted.bias.tolist() == [0, 0, 0]
     assert 0.85 < float(judged.sets["0.90"][np.arange(300), labels].mean()) < 0.95
 
 
