@@ -33,9 +33,10 @@ def test_http_and_training_agree_on_fifty_real_images() -> None:
     folder = SHARED_DATA / "isic2020" / "train"
     files = [path.read_bytes() for kind in ("benign", "malignant") for path in sorted((folder / kind).iterdir())[::50]]
     version = store.current(STORE, NAME)
-    images = torch.from_numpy(np.stack([decode(data).pixels for data in files[:50]]))
-    logits = served_logits(STORE / NAME / version, images)
-    expected = calibrate(logits, store.read_manifest(STORE, NAME, version).temperature)
+    manifest = store.read_manifest(STORE, NAME, version)
+    crop_frame = manifest.preprocessing.crop_frame
+    images = torch.from_numpy(np.stack([decode(data, crop_frame=crop_frame).pixels for data in files[:50]]))
+    expected = calibrate(served_logits(STORE / NAME / version, images), manifest.temperature)
     with TestClient(create_app(Settings(model_store=STORE, engine="torch"))) as client:
         for data, probabilities in zip(files, expected, strict=False):
             answer = client.post("/predict", files={"file": ("x.jpg", data, "image/jpeg")}).json()
@@ -48,7 +49,8 @@ def agreement(precision: Precision) -> tuple[np.ndarray, np.ndarray]:
     loaded = store.load(STORE, NAME, store.current(STORE, NAME))
     folder = SHARED_DATA / "isic2020" / "train"
     paths = [path for kind in ("benign", "malignant") for path in sorted((folder / kind).iterdir())[7::60]]
-    images = np.stack([decode(path.read_bytes()).pixels for path in paths])
+    crop_frame = loaded.manifest.preprocessing.crop_frame
+    images = np.stack([decode(path.read_bytes(), crop_frame=crop_frame).pixels for path in paths])
     expected = build_engine("torch", loaded).run(images)
     engine = build_engine("openvino", loaded, precision=precision)
     batches = [engine.run(images[start : start + 8]) for start in range(0, len(images), 8)]

@@ -1,7 +1,7 @@
 """When a version should not answer: fit the distance from its training images, and measure what that finds.
 
-python -m training.ood --version model_store/asff-resnet50/6 --out runs/evidence             # the figures alone
-python -m training.ood --version model_store/asff-resnet50/6 --out runs/evidence --publish   # the next version has it
+python -m training.ood --version model_store/asff-resnet50/7 --out runs/evidence             # the figures alone
+python -m training.ood --version model_store/asff-resnet50/7 --out runs/evidence --publish   # the next version has it
 
 Statistics come from training images alone, the threshold from held-out dermoscopy that the quality gate has nothing
 against; the method was chosen on foreign images (`training/foreign.py`) that are not those it is measured on.

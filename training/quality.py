@@ -1,6 +1,6 @@
 """What spoils an answer: the limits of `app/model/quality.py`, from training images, and accuracy beyond them.
 
-python -m training.quality --version model_store/asff-resnet50/6 --out runs/evidence
+python -m training.quality --version model_store/asff-resnet50/7 --out runs/evidence
 
 Held-out images are spoilt in five strengths; each is judged by the version, and its accuracy is set against what the
 quality gate says of it. Percentiles are of the training images, so that a warning says "unlike what was trained on".

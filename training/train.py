@@ -2,7 +2,7 @@
 
 python -m training.train --config training/configs/full.toml
 torchrun --nproc-per-node=2 -m training.train --config training/configs/full.toml    # several nodes: docs/training.md
-python -m training.train --config training/configs/transfer.toml --data FOLDER --init model_store/asff-resnet50/6
+python -m training.train --config training/configs/transfer.toml --data FOLDER --init model_store/asff-resnet50/7
 """
 
 import argparse

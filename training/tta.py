@@ -1,6 +1,6 @@
 """What test-time augmentation with flips gains on held-out images, and what it costs.
 
-python -m training.tta --version model_store/asff-resnet50/6 --out runs/evidence
+python -m training.tta --version model_store/asff-resnet50/7 --out runs/evidence
 
 Accuracy and ROC-AUC of single answers and of the mean over four flips, with a paired bootstrap interval.
 """

@@ -61,4 +61,5 @@ def _openvino(version: Any) -> tuple[Decode, Run]:
         found: list[float] = calibrate(logits, version.manifest.temperature)[:, 1].tolist()
         return found
 
-    return lambda data: decode(data).pixels, run
+    crop_frame = version.manifest.preprocessing.crop_frame
+    return lambda data: decode(data, crop_frame=crop_frame).pixels, run
