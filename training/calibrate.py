@@ -109,17 +109,18 @@ def fit_scaling(labels: Labels, logits: NDArray[np.float32]) -> tuple[NDArray[np
     temperature mends. More classes have none: some of a hundred have too few images for it.
     """
     classes = logits.shape[1]
+    biased = [1] if classes == 2 else []
 
     def loss(x: Floats) -> float:
         moved = logits.astype(np.float64)
-        if classes == 2:
-            moved[:, 1] += x[1]
+        moved[:, biased] += x[1:]
         return float(log_loss(labels, calibrate(moved, float(np.exp(x[0]))), labels=range(classes)))
 
-    bounds = [(-3, 3), (-10, 10)][: 2 if classes == 2 else 1]  # log T and the bias, in logits
+    bounds = [(-3, 3), *[(-10, 10)] * len(biased)]  # log T, and each bias in logits
     found = minimize(loss, np.zeros(len(bounds)), bounds=bounds, method="L-BFGS-B").x
-    bias = np.array([0.0, *found[1:]]) if classes == 2 else np.zeros(classes)
-    return bias.astype(np.float32), float(np.exp(found[0]))
+    bias = np.zeros(classes, dtype=np.float32)
+    bias[biased] = found[1:]
+    return bias, float(np.exp(found[0]))
 
 
 def operating_points(labels: Labels, probabilities: Floats) -> dict[str, float]:

@@ -135,7 +135,7 @@ def export(
         files[f"report/{fold.name}.csv"] = (fold / "metrics.csv").read_bytes()
     files |= {
         store.WEIGHTS: safetensors.numpy.save(
-            run.weights | {LAST_BIAS: fitted.bias + run.weights[LAST_BIAS].astype("f4")}
+            run.weights | {LAST_BIAS: fitted.bias + run.weights[LAST_BIAS].astype(np.float32)}
         ),
         PREDICTIONS: predictions_csv(
             [(home, judged, config.data.root), (abroad, abroad_judged, config.data.extra or "")], classes

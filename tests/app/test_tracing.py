@@ -186,7 +186,7 @@ def test_without_the_setting_nothing_is_traced_or_imported(
 def test_without_the_extra_the_server_says_what_to_install(quick_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "app.tracing")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)  # as if it were not installed
-    with pytest.raises(ValueError, match=r"pip install '.\[tracing\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[tracing\]'"):
         create_app(Settings(model_store=quick_store, tracing=True))
 
 
