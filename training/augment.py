@@ -13,8 +13,9 @@ from torch import Tensor
 
 from training.artefacts import draw_hairs, draw_ruler, lay_over
 from training.config import Augmentation
+from training.corruptions import jpeg
 
-UNIFORMS = 20  # random numbers that one image uses
+UNIFORMS = 23  # random numbers that one image uses
 MOST_HAIRS = 20
 
 
@@ -30,6 +31,8 @@ def augment(images: Tensor, uniforms: Tensor, *, size: int, strength: Augmentati
     if strength.hairs:
         out = _artefacts(out, u[15], u[16], strength.hairs)
     out = _colour(out, uniforms, strength).clamp(0, 255)
+    if strength.noise or strength.jpeg:
+        out = _recorded(out, u[20], u[21], u[22], strength)
     return _erase(out, u[11], u[12], u[13] * strength.erase)
 
 
@@ -61,6 +64,21 @@ def _artefacts(images: Tensor, chance: Tensor, seeds: Tensor, probability: float
             picture = lay_over(picture, draw_ruler(size, rng=rng), colour=(20.0, 20.0, 20.0))
         out[row] = torch.from_numpy(picture)
     return out
+
+
+def _recorded(images: Tensor, noise: Tensor, seeds: Tensor, compression: Tensor, strength: Augmentation) -> Tensor:
+    """What a sensor and a file add: Gaussian noise on half of the images, JPEG's blocks on half."""
+    out = images.clone()
+    deviations = (2 * noise - 1) * strength.noise * 255
+    qualities = 100 * (1 - (2 * compression - 1) * strength.jpeg)
+    for row, (deviation, quality) in enumerate(zip(deviations.tolist(), qualities.tolist(), strict=True)):
+        if deviation > 0:
+            rng = np.random.default_rng(int(seeds[row].double() * 2**24))
+            out[row] += deviation * torch.from_numpy(rng.standard_normal(out[row].shape, dtype=np.float32))
+        if quality < 100:
+            picture = out[row].round().clamp(0, 255).byte().numpy()
+            out[row] = torch.from_numpy(jpeg(picture, quality=max(1, round(quality))))
+    return out.clamp(0, 255)
 
 
 def _around(uniform: Tensor, half_width: float) -> Tensor:

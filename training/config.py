@@ -24,7 +24,7 @@ class Data(Section):
     classes: list[str] = ["benign", "malignant"]
     extra: str | None = None  # a second folder of the same classes that joins training, twins of `root` left out
     root_share: float = Field(1, ge=0, le=1)  # of the first folder's training images, drawn anew for each epoch
-    extra_share: float = Field(1, gt=0, le=1)  # of the second folder's
+    extra_share: float = Field(1, ge=0, le=1)  # of the second folder's
     without: list[str] = []  # folders that the start has seen: what has a twin in one of them is left out
     crop_frame: bool = False  # crop dark frames away, in training and in serving
     # Folders whose near-duplicates are found without dark frames, in which all images look alike (decision 019); the
@@ -32,6 +32,12 @@ class Data(Section):
     lit_folds: list[Literal["root", "extra"]] = []
     folds: int = Field(5, ge=2)
     held_out_fold: int = Field(0, ge=-1)  # -1 holds nothing out: the last run, after the folds have told how good it is
+
+    @model_validator(mode="after")
+    def _has_epochs(self) -> "Data":
+        if not (self.root_share or (self.extra and self.extra_share)):
+            raise ValueError("data.root_share and data.extra_share leave an epoch without images")
+        return self
 
 
 class Model(Section):
@@ -78,6 +84,8 @@ class Augmentation(Section):
     erase: float = Field(ge=0, le=0.9)  # longest side of the erased box, fraction of the image side
     tint: Fraction = 0.0  # gain of each colour channel on its own: another lamp, another camera
     blur: Fraction = 0.0  # blend with a 4-times reduced copy at most: another focus, another resolution
+    noise: Fraction = 0.0  # standard deviation of Gaussian noise at most, of white: a poor sensor, little light
+    jpeg: Fraction = 0.0  # 1 minus the lowest JPEG quality: 0.7 compresses down to a quality of 30
     hairs: float = Field(0.0, ge=0, le=1)  # probability of drawn hairs, and half of it of a drawn ruler
     mixup: float = Field(0.0, ge=0)  # Beta(mixup, mixup) weights of a second image and its label (arXiv 1710.09412)
 

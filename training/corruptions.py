@@ -47,7 +47,7 @@ def corrupt(image: Pixels, kind: str, *, strength: int, seed: int) -> Pixels:
         case "blur":
             out = _planes(_picture(image).filter(ImageFilter.GaussianBlur(level)))
         case "jpeg":
-            out = _jpeg(image, quality=int(level))
+            out = jpeg(image, quality=int(level))
         case "brightness":
             out = _bytes(image * (level if rng.integers(2) else 1 / level))
         case "colour-cast":
@@ -64,7 +64,8 @@ def corrupt(image: Pixels, kind: str, *, strength: int, seed: int) -> Pixels:
     return out
 
 
-def _jpeg(image: Pixels, *, quality: int) -> Pixels:
+def jpeg(image: Pixels, *, quality: int) -> Pixels:
+    """uint8[3,H,W] as a JPEG file of that quality, 1 to 100, gives it back; colour at half resolution."""
     buffer = io.BytesIO()
     _picture(image).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     return _planes(Image.open(buffer))

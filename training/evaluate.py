@@ -26,10 +26,10 @@ from app.model.manifest import Metric
 from training.config import Config, Data
 from training.data import load_dataset
 from training.published import load_version
+from training.statistics import RESAMPLES
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
-RESAMPLES = 2000
 
 
 def ranking_metrics(labels: Labels, probabilities: Floats) -> dict[str, float]:

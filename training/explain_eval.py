@@ -42,8 +42,8 @@ from training.explain_checks import (
     resized,
 )
 from training.lesion_mask import lesion_mask
+from training.statistics import RESAMPLES
 
-RESAMPLES = 2000
 SHEET_IMAGES = 24
 TILE = 150  # pixels
 

@@ -31,7 +31,7 @@ from training.evaluate import (
     with_intervals,
 )
 from training.isic import collections
-from training.skin_tone import auc_with_interval
+from training.statistics import auc_with_interval
 from training.train import stopped_early
 
 SIZE = 224  # pixels, what the service decodes to

@@ -22,6 +22,7 @@ from training import plots
 from training.evaluate import Floats, Labels, calibration_floor, decision_metrics
 from training.isic import collections
 from training.model_card import data_card, limits, model_card
+from training.statistics import FEWEST, auc_with_interval
 
 PREDICTIONS = "report/predictions.csv"
 # arXiv 2510.03876, on its own 660 test images; from its abstract and its confusion matrix
@@ -230,8 +231,6 @@ def _elsewhere_section(manifest: Manifest, predictions: Predictions, report: Pat
 
 def _collections_table(predictions: Predictions, sources: Sequence[str]) -> str:
     """Figures within each collection of ISIC 2019, where labels and images of several are pooled."""
-    from training.skin_tone import FEWEST, auc_with_interval
-
     rows = []
     for source, (collection, members) in itertools.product(sources, collections(predictions.names).items()):
         mine = (predictions.sources == source) & members

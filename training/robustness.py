@@ -29,8 +29,9 @@ from training.calibrate import fit, judge
 from training.config import Config
 from training.corruptions import KINDS, LEVELS, STRENGTHS, corrupt
 from training.data import load_dataset
-from training.evaluate import RESAMPLES, Floats, Labels, predict_logits
+from training.evaluate import Floats, Labels, predict_logits
 from training.plots import new_figure, png
+from training.statistics import auc_of_resamples, resamples
 from training.train import autocast
 
 CLEAN = "clean"
@@ -156,27 +157,6 @@ def _write_answers(path: Path, logits: Floats) -> None:
     partial = path.with_suffix(".partial")
     np.savetxt(partial, logits, fmt="%.9g", delimiter=",")
     os.replace(partial, path)
-
-
-def resamples(labels: Labels, *, seed: int = 0) -> Floats:
-    """How often each of 2000 bootstrap resamples holds each image, [1+2000,N]; the first row is the images as they
-    are. Both classes are in every one."""
-    rng = np.random.default_rng(seed)
-    rows = [np.ones((1, len(labels)))]
-    while sum(map(len, rows)) <= RESAMPLES:
-        drawn = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=RESAMPLES)
-        malignant = drawn @ labels
-        rows.append(drawn[(malignant > 0) & (malignant < len(labels))].astype(np.float64))
-    return np.concatenate(rows)[: 1 + RESAMPLES]
-
-
-def auc_of_resamples(counts: Floats, labels: Labels, scores: Floats) -> Floats:
-    """ROC-AUC [R] of resamples that hold the images `counts` [R,N] times: the share of pairs that stand in order."""
-    higher, lower = scores[labels == 1][:, None], scores[labels == 0]
-    in_order = (higher > lower) + 0.5 * (higher == lower)
-    ones, noughts = counts[:, labels == 1], counts[:, labels == 0]
-    pairs = ones.sum(axis=1) * noughts.sum(axis=1)
-    return np.asarray(((ones @ in_order) * noughts).sum(axis=1) / pairs)
 
 
 Draws = dict[tuple[str, str, int], dict[str, Floats]]  # (network, kind, strength) -> metric -> [1+R], the value first

@@ -20,14 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.stats import binomtest
-from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from app.model.preprocess import ImageError, decode
 from training.config import data_dir
 from training.evaluate import Floats, Labels
 from training.lesion_mask import otsu
-from training.robustness import auc_of_resamples, resamples
+from training.statistics import auc_with_interval
 
 Mask = NDArray[np.bool_]
 
@@ -44,7 +43,6 @@ GLARE = 97.0  # L*: a reflection, white paper
 CONTRAST = 8.0  # L*: two clusters nearer than this are one skin
 HAIR = 6.0  # L* by which a hair is darker than a closing over it
 LEAST_SKIN = 0.01  # share of the picture
-FEWEST = 5  # images of a class below which an interval of ROC-AUC means nothing
 
 SRGB_TO_XYZ = np.array(  # IEC 61966-2-1, divided by the white point D65: white becomes (1, 1, 1)
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
@@ -208,19 +206,6 @@ def _share(right: NDArray[np.bool_]) -> list[float]:
         return []
     interval = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
     return [float(right.mean()), float(interval.low), float(interval.high)]
-
-
-def auc_with_interval(labels: Labels, probabilities: Floats) -> list[float]:
-    """ROC-AUC of images [N] and its 95% interval; without the interval, or empty, where a class has too few."""
-    fewest = min(int(labels.sum()), int((1 - labels).sum()))
-    if not fewest:
-        return []
-    value = float(roc_auc_score(labels, probabilities))
-    if fewest < FEWEST:
-        return [value]
-    drawn = auc_of_resamples(resamples(labels), labels, probabilities)[1:]
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return [value, float(low), float(high)]
 
 
 def _cells(name: str, numbers: Sequence[float]) -> dict[str, str]:

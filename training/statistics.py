@@ -1,13 +1,17 @@
-"""Paired tests of two classifiers on the same images: McNemar for their decisions, DeLong for their ROC-AUCs."""
+"""Two classifiers on the same images, by McNemar and DeLong, and bootstrap intervals of a ROC-AUC."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest, norm, rankdata
+from sklearn.metrics import roc_auc_score
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
+
+RESAMPLES = 2000  # of the bootstrap
+FEWEST = 5  # images of a class below which an interval of ROC-AUC means nothing
 
 
 @dataclass(frozen=True)
@@ -65,3 +69,37 @@ def delong(labels: Labels, first: Floats, second: Floats) -> DeLong:
     # Without variance both rank alike, or are apart by the same on every image
     p = float(2 * norm.sf(abs(difference) / error)) if error else float(difference == 0)
     return DeLong(float(auc[0]), float(auc[1]), difference, difference - reach, difference + reach, p)
+
+
+def resamples(labels: Labels, *, seed: int = 0) -> Floats:
+    """How often each of 2000 bootstrap resamples holds each image, [1+2000,N]; the first row is the images as they
+    are. Both classes are in every one."""
+    rng = np.random.default_rng(seed)
+    rows = [np.ones((1, len(labels)))]
+    while sum(map(len, rows)) <= RESAMPLES:
+        drawn = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=RESAMPLES)
+        malignant = drawn @ labels
+        rows.append(drawn[(malignant > 0) & (malignant < len(labels))].astype(np.float64))
+    return np.concatenate(rows)[: 1 + RESAMPLES]
+
+
+def auc_of_resamples(counts: Floats, labels: Labels, scores: Floats) -> Floats:
+    """ROC-AUC [R] of resamples that hold the images `counts` [R,N] times: the share of pairs that stand in order."""
+    higher, lower = scores[labels == 1][:, None], scores[labels == 0]
+    in_order = (higher > lower) + 0.5 * (higher == lower)
+    ones, noughts = counts[:, labels == 1], counts[:, labels == 0]
+    pairs = ones.sum(axis=1) * noughts.sum(axis=1)
+    return np.asarray(((ones @ in_order) * noughts).sum(axis=1) / pairs)
+
+
+def auc_with_interval(labels: Labels, probabilities: Floats) -> list[float]:
+    """ROC-AUC of images [N] and its 95% interval; without the interval, or empty, where a class has too few."""
+    fewest = min(int(labels.sum()), int((1 - labels).sum()))
+    if not fewest:
+        return []
+    value = float(roc_auc_score(labels, probabilities))
+    if fewest < FEWEST:
+        return [value]
+    drawn = auc_of_resamples(resamples(labels), labels, probabilities)[1:]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return [value, float(low), float(high)]

@@ -20,9 +20,9 @@ from app.model.flips import flips, mean_logits
 from app.model.labels import calibrate
 from app.model.openvino_graph import build_graph
 from training.published import load_trained
+from training.statistics import RESAMPLES
 from training.tables import write_csv
 
-RESAMPLES = 2000
 COLUMNS = ("data", "images", "metric", "single", "flips", "difference", "low", "high")
 
 

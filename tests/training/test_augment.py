@@ -3,6 +3,7 @@ import torch
 
 from training.augment import UNIFORMS, augment, mixup
 from training.config import Augmentation
+from training.corruptions import jpeg
 
 OFF = dict.fromkeys(Augmentation.model_fields, 0.0)
 
@@ -87,6 +88,29 @@ def test_hairs_come_with_their_probability_and_from_the_image_alone() -> None:
     assert (covered[:2] > 0.01).all()
     assert (covered[2:] == 0).all()
     assert torch.equal(out[1], augment(grey[:1], uniforms[1:2], size=64, strength=strength(hairs=0.2))[0])
+
+
+def test_noise_is_as_strong_as_it_says_on_half_of_the_images_and_from_the_image_alone() -> None:
+    grey = torch.full((3, 3, 64, 64), 128, dtype=torch.uint8)
+    uniforms = middle(3)
+    uniforms[:, 20] = torch.tensor([0.4, 0.75, 1.0])
+    uniforms[:, 21] = torch.tensor([0.1, 0.2, 0.3])
+    out = augment(grey, uniforms, size=64, strength=strength(noise=0.1))
+    assert torch.allclose(out[0], grey[0].float(), atol=1e-2)
+    assert out[1].std().item() == pytest.approx(12.75, rel=0.02)
+    assert out[2].std().item() == pytest.approx(25.5, rel=0.02)
+    assert out.mean().item() == pytest.approx(128, abs=0.5)
+    assert torch.equal(out[2], augment(grey[:1], uniforms[2:], size=64, strength=strength(noise=0.1))[0])
+
+
+def test_jpeg_compresses_half_of_the_images_down_to_a_quality() -> None:
+    x = images(3)
+    uniforms = middle(3)
+    uniforms[:, 22] = torch.tensor([0.4, 0.75, 1.0])
+    out = augment(x, uniforms, size=32, strength=strength(jpeg=0.8))
+    assert torch.allclose(out[0], x[0].float(), atol=1e-2)
+    for row, quality in ((1, 60), (2, 20)):
+        assert torch.equal(out[row], torch.from_numpy(jpeg(x[row].numpy(), quality=quality)).float())
 
 
 def test_mixup_mixes_labels_as_it_mixes_images() -> None:

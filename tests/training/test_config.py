@@ -32,6 +32,12 @@ def test_phases_follow_each_other() -> None:
         ('gate = "branch_softmax"', 'gate = "none at all"', "model.gate"),
         ("held_out_fold = 0", "held_out_fold = 4", "4 of 4 folds"),
         ("size = 64", "size = 65", "phases.0.size"),
+        ("held_out_fold = 0", "held_out_fold = 0\nroot_share = 0", "an epoch without images"),
+        (
+            "held_out_fold = 0",
+            'held_out_fold = 0\nextra = "b"\nroot_share = 0\nextra_share = 0',
+            "an epoch without images",
+        ),
         ("seed = 7", "seed =", "not TOML"),
     ],
 )

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from tests.conftest import ROOT
@@ -19,11 +18,9 @@ from training.plots import png
 from training.robustness import (
     ALL,
     CLEAN,
-    auc_of_resamples,
     load_networks,
     main,
     measure,
-    resamples,
     robustness_figure,
 )
 
@@ -64,27 +61,6 @@ def networks(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Config, nn.Modu
 def read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def test_resampled_auc_is_scikit_learns_on_the_repeated_images() -> None:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 50)
-    scores = np.round(rng.normal(labels, 1.0), 1)  # with ties
-    counts = resamples(labels)
-    assert (counts[0] == 1).all()
-    assert (counts.sum(axis=1) == 50).all()
-    found = auc_of_resamples(counts, labels, scores)
-    for row in (0, 1, 77, 2000):
-        pick = np.repeat(np.arange(50), counts[row].astype(int))
-        assert found[row] == pytest.approx(roc_auc_score(labels[pick], scores[pick]))
-
-
-def test_every_resample_holds_both_classes() -> None:
-    labels = np.array([1, 0, 0, 0, 0])
-    counts = resamples(labels)
-    assert counts.shape == (2001, 5)
-    assert (counts[:, 0] > 0).all()
-    assert (counts[:, 1:].sum(axis=1) > 0).all()
 
 
 def test_the_threshold_comes_from_images_that_are_not_measured() -> None:

@@ -3,7 +3,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from training.statistics import delong, mcnemar
+from training.statistics import auc_of_resamples, delong, mcnemar, resamples
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -89,3 +89,24 @@ def test_delong_of_a_score_with_itself_finds_nothing() -> None:
 def test_delong_needs_two_images_of_each_class() -> None:
     with pytest.raises(ValueError, match="1 positive and 2 negative"):
         delong(np.array([1, 0, 0]), np.array([0.9, 0.1, 0.2]), np.array([0.9, 0.1, 0.2]))
+
+
+def test_resampled_auc_is_scikit_learns_on_the_repeated_images() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 50)
+    scores = np.round(rng.normal(labels, 1.0), 1)  # with ties
+    counts = resamples(labels)
+    assert (counts[0] == 1).all()
+    assert (counts.sum(axis=1) == 50).all()
+    found = auc_of_resamples(counts, labels, scores)
+    for row in (0, 1, 77, 2000):
+        pick = np.repeat(np.arange(50), counts[row].astype(int))
+        assert found[row] == pytest.approx(roc_auc_score(labels[pick], scores[pick]))
+
+
+def test_every_resample_holds_both_classes() -> None:
+    labels = np.array([1, 0, 0, 0, 0])
+    counts = resamples(labels)
+    assert counts.shape == (2001, 5)
+    assert (counts[:, 0] > 0).all()
+    assert (counts[:, 1:].sum(axis=1) > 0).all()
