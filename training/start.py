@@ -100,9 +100,12 @@ def _lineage(manifest: Manifest) -> list[Manifest]:
     found = [manifest]
     while (start := Config.model_validate(found[-1].training_config).model.start).startswith(VERSION):
         try:
-            found.append(_manifest(start))
+            earlier = _manifest(start)
         except store.VersionMissing:
             break
+        if earlier.created > found[-1].created:  # another one, in the place of what it was started from
+            break
+        found.append(earlier)
     return found
 
 

@@ -1,3 +1,4 @@
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,19 @@ def test_what_a_start_that_is_gone_saw_is_known_from_the_version_after_it(tmp_pa
     with pytest.raises(ValueError, match="no longer here and was trained on skin"):
         refuse_seen(trained_on("skin", start=f"version:{second}"), images("1" * 64))
     assert with_version(trained_on("third"), second).data.without == ["clinics", "skin"]
+
+
+def test_a_younger_version_in_the_place_of_a_start_is_not_what_a_version_came_from(tmp_path: Path) -> None:
+    """A store made anew gave its numbers a second time: the two would have been each other's start for ever."""
+    gone = f"version:{tmp_path / NAME / '1'}"
+    config = trained_on("clinics", start=gone)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"without": ["skin"]})})
+    second = publish(tmp_path, "2", config)
+    later = make_manifest().created + timedelta(seconds=1)
+    first = publish(tmp_path, "1", trained_on("skin", start=f"version:{second}"), created=later)
+    assert with_version(trained_on("third"), first).data.without == ["clinics", "skin"]
+    with pytest.raises(ValueError, match="no longer here and was trained on skin"):
+        refuse_seen(trained_on("skin", start=f"version:{second}"), images("1" * 64))
 
 
 def test_a_run_crops_frames_where_its_start_does_or_it_says_so_itself(tmp_path: Path) -> None:
