@@ -55,7 +55,7 @@ def _artefacts(images: Tensor, chance: Tensor, seeds: Tensor, probability: float
     """Hairs on a share of the images, a ruler on half as many."""
     out = images.clone()
     for row in torch.nonzero(chance < probability).flatten().tolist():
-        rng = np.random.default_rng(int(seeds[row].double() * 2**24))
+        rng = _generator(seeds[row])
         picture, size = out[row].numpy(), images.shape[-1]
         shade = float(rng.uniform(10, 70))
         hairs = draw_hairs(size, count=int(rng.integers(1, MOST_HAIRS)), rng=rng)
@@ -73,12 +73,17 @@ def _recorded(images: Tensor, noise: Tensor, seeds: Tensor, compression: Tensor,
     qualities = 100 * (1 - (2 * compression - 1) * strength.jpeg)
     for row, (deviation, quality) in enumerate(zip(deviations.tolist(), qualities.tolist(), strict=True)):
         if deviation > 0:
-            rng = np.random.default_rng(int(seeds[row].double() * 2**24))
+            rng = _generator(seeds[row])
             out[row] += deviation * torch.from_numpy(rng.standard_normal(out[row].shape, dtype=np.float32))
         if quality < 100:
             picture = out[row].round().clamp(0, 255).byte().numpy()
             out[row] = torch.from_numpy(jpeg(picture, quality=max(1, round(quality))))
     return out.clamp(0, 255)
+
+
+def _generator(uniform: Tensor) -> np.random.Generator:
+    """Seeded by a random number of the image, so that its batch does not matter."""
+    return np.random.default_rng(int(uniform.double() * 2**24))
 
 
 def _around(uniform: Tensor, half_width: float) -> Tensor:
